@@ -1,0 +1,1 @@
+"""jepa_fast: a fast, exact engine for joint-embedding predictive architectures (JEPA)."""

@@ -1,0 +1,164 @@
+"""How an op is defined, and the one table that says which code runs.
+
+`TABLE[op][backend]` is an `Implementation`; `ORDER[device]` is the order in which they are tried. The same table feeds
+`jepa-fast info`, the tests' backend parameter and the benches' providers.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("plain", "cpp", "torch", "triton", "cuda", "flash_attn", "xformers")
+ORDER = {"cpu": ("cpp", "torch", "plain"), "cuda": ("cuda", "triton", "flash_attn", "xformers", "torch", "plain")}
+TABLE: dict[str, dict[str, "Implementation | Missing"]] = {}
+
+_LIBRARY = torch.library.Library("jepa_fast", "DEF")
+_FORCED: list[tuple[str, str | None]] = []  # (backend, op or None for all), innermost last
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op: `supports(*args)` is None where it can, else the reason why it cannot."""
+
+    function: Callable
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    supports: Callable[..., str | None] = lambda *args: None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A backend that is not here, and why."""
+
+    reason: str
+
+
+def _load_compiled() -> str | None:
+    """Load the C++ ops; None, or the reason why they are not available."""
+    path = pathlib.Path(__file__).parent.parent / "_C.so"
+    if not path.exists():
+        return "the C++ extension was not built (no C++ compiler or no torch when jepa_fast was installed)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+COMPILED_MISSING: str | None = _load_compiled()
+
+
+def compiled(name: str, dtypes=(torch.float32, torch.bfloat16), call: Callable | None = None,
+             supports: Callable[..., str | None] | None = None) -> Implementation | Missing:
+    """The C++ version of an op for CPU tensors: `call(*args)`, by default the raw `jepa_fast_C` op of that name."""
+    if COMPILED_MISSING:
+        return Missing(COMPILED_MISSING)
+
+    def check(*args) -> str | None:
+        for arg in _tensors(args):
+            if arg.is_floating_point() and arg.dtype not in dtypes:
+                return f"no C++ version for {str(arg.dtype).removeprefix('torch.')}"
+        return supports(*args) if supports else None
+
+    return Implementation(call or getattr(torch.ops.jepa_fast_C, name), ("cpu",), check)
+
+
+def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = None,
+           **backends: Implementation | Missing | None) -> str:
+    """Register `jepa_fast::<schema>`; returns its qualified name.
+
+    `plain` always exists. `check(*args)` looks at values (index ranges, ...) and raises; it runs on CPU tensors only,
+    since elsewhere it would stop the device.
+    """
+    name = schema.split("(")[0]
+    unknown = set(backends) - set(BACKENDS)
+    assert not unknown, f"{name}: unknown backends {unknown}"
+    row = {"plain": Implementation(plain)}
+    row |= {key: value or Missing("not written yet") for key, value in backends.items()}
+    TABLE[name] = {key: row.get(key, Missing("not written yet")) for key in BACKENDS}
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        device = next((arg.device.type for arg in _tensors(args)), "cpu")
+        if check is not None and device == "cpu":
+            check(*args)
+        function = choose(name, device, args).function
+        if torch.is_autocast_enabled(device):  # an op computes in the precision it says, whatever surrounds it
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+        return function(*args)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    return f"jepa_fast::{name}"
+
+
+def choose(name: str, device: str, args: tuple) -> Implementation:
+    """The implementation that runs: the forced one, or the first of the device's order that can."""
+    row = TABLE[name]
+    forced = forced_backend(name)
+    if forced is not None:
+        reason = why_not(row[forced], device, args)
+        if reason:
+            raise RuntimeError(f"backend {forced!r} asked for, but {name} cannot use it: {reason}")
+        return row[forced]
+    for backend in ORDER.get(device, ("plain",)):
+        if why_not(row[backend], device, args) is None:
+            return row[backend]
+    raise AssertionError(f"{name}: plain must always work")
+
+
+def why_not(implementation: Implementation | Missing, device: str, args: tuple | None = None) -> str | None:
+    """Why an implementation cannot run on a device (and with these arguments); None where it can."""
+    if isinstance(implementation, Missing):
+        return implementation.reason
+    if device not in implementation.devices:
+        return f"not for {device} tensors"
+    return implementation.supports(*args) if args is not None else None
+
+
+def forced_backend(name: str) -> str | None:
+    for backend, op in reversed(_FORCED):
+        if op is None or op == name:
+            return backend
+    return None
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
+    """Within the block every op (or only `op`) runs on `backend`; one that cannot raises RuntimeError and says why.
+
+    Process-wide, not per thread, because backward passes may run on other threads.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if op is not None and op not in TABLE:
+        raise ValueError(f"op must be one of {', '.join(sorted(TABLE))}, got {op!r}")
+    _FORCED.append((backend, op))
+    try:
+        yield
+    finally:
+        _FORCED.remove((backend, op))
+
+
+def info(device: str) -> list[tuple[str, str, dict[str, str]]]:
+    """For each op: its name, the backend that would run on `device`, and why the others would not."""
+    rows = []
+    for name, row in TABLE.items():
+        reasons = {backend: why_not(row[backend], device) for backend in BACKENDS}
+        order = ORDER.get(device, ("plain",))
+        chosen = next(backend for backend in order if reasons[backend] is None)
+        others = {backend: reason or ("slower here" if backend in order else "not tried on this device")
+                  for backend, reason in reasons.items() if backend != chosen}
+        rows.append((name, chosen, others))
+    return rows
+
+
+def _tensors(args: tuple) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (item for item in arg if isinstance(item, Tensor))
