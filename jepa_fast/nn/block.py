@@ -23,6 +23,11 @@ class Sequences:
         return Sequences(ends[: num_sequences + 1], length)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions widened; float32 and float64 as they are. Losses are computed in this."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class Attention(nn.Module):
     """Self-attention within each packed sequence; one Linear makes queries, keys and values, in this order."""
 

@@ -13,7 +13,7 @@ from ..masking import MultiBlock, PackedMasks
 from ..models.encoder import VisionTransformer, VisionTransformerConfig
 from ..models.predictor import Predictor, PredictorConfig
 from ..models.target_encoder import TargetEncoder
-from ..nn.block import Sequences
+from ..nn.block import Sequences, at_least_float32
 from ..ops import latent_loss
 from ..optim.schedules import Linear
 
@@ -49,7 +49,7 @@ class LatentPrediction(nn.Module):
         """{"images": [B, C, H, W], "masks": PackedMasks} -> {"loss": 0-dim, scalars and features to watch}."""
         masks = batch["masks"]
         prediction, target = self.predict(batch["images"], masks), self.targets(batch["images"], masks)
-        loss, statistics = latent_loss(prediction.float(), target, masks.prediction_target_idx, beta=self.config.beta,
+        loss, statistics = latent_loss(prediction, target, masks.prediction_target_idx, beta=self.config.beta,
                                        weight=_sequence_weights(masks), return_stats=True)
         return {"loss": loss, **statistics, "features": target}
 
@@ -58,11 +58,13 @@ class LatentPrediction(nn.Module):
         context = self.encoder.context(images, masks.context_idx,
                                        Sequences(masks.context_cu_seqlens, masks.context_max_seqlen))
         sequences = Sequences(masks.predictor_cu_seqlens, masks.predictor_max_seqlen)
-        return self.predictor(context, masks.predictor_idx, masks.predictor_position, sequences, masks.prediction_idx)
+        prediction = self.predictor(context, masks.predictor_idx, masks.predictor_position, sequences,
+                                    masks.prediction_idx)
+        return at_least_float32(prediction)
 
     def targets(self, images: Tensor, masks: PackedMasks) -> Tensor:
-        """The target encoder's tokens of the whole images, packed [B * N, D] float32."""
-        return self.target_encoder(images).flatten(0, 1).float()
+        """The target encoder's tokens of the whole images, packed [B * N, D]."""
+        return at_least_float32(self.target_encoder(images).flatten(0, 1))
 
     def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Pairs (parameter, its moving average) for the optimizer to keep."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.encoder import VisionTransformerConfig
 from ..models.resnet import ResNetConfig
+from ..nn.block import at_least_float32
 from ..nn.projector import Projector
 from ..nn.sigreg import SIGReg, SIGRegConfig
 
@@ -45,7 +46,8 @@ class LeJEPA(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """{"images": list of V views [B, C, H_v, W_v]} -> {"loss": 0-dim, "invariance", "sigreg", "features"}."""
         features = self.encoder.views(batch["images"])
-        embeddings = self.projector(torch.cat(features)).float().view(len(features), -1, self.config.projector[-1])
+        embeddings = at_least_float32(self.projector(torch.cat(features)))
+        embeddings = embeddings.view(len(features), -1, self.config.projector[-1])
         centre = embeddings[: self.config.num_global_views].mean(0)
         invariance = (centre - embeddings).square().mean()
         sigreg = self.sigreg(embeddings)
