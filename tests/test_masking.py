@@ -162,6 +162,16 @@ def test_threads_do_not_disturb_each_other(mode, backend):
     assert all(equal(masks, config.sample((16, 16), 8, seed=1, step=step)) for step, masks in enumerate(found))
 
 
+@pytest.mark.parametrize("scale, aspect, size", [   # sqrt(25 / 4) = 2.5, sqrt(49 / 4) = 3.5: halves go to even
+    ((0.25, 0.25), (0.25, 0.25), (2, 10)), ((0.49, 0.49), (0.25, 0.25), (4, 14)),
+    ((0.25, 0.25), (4.0, 4.0), (10, 2)), ((0.49, 0.49), (4.0, 4.0), (14, 4))], ids=str)
+def test_sizes_round_half_to_even(scale, aspect, size, backend):
+    fields = {"target_scale": scale, "aspect_ratio": aspect, "num_targets": 1, "min_keep": 0}
+    for mode, side in (("official", 9), ("unbiased", 10)):
+        masks = MultiBlock(mode=mode, **fields).sample((10, 10), 2, seed=0, step=0)
+        assert masks.target_lengths.tolist() == [[min(size[0], side) * min(size[1], side)] * 2]
+
+
 # ---- unbiased
 
 
@@ -266,11 +276,13 @@ def test_fuzz_official(problem):
 # ---- settings that would never end
 
 
-@pytest.mark.parametrize("grid, aspect", [((6, 10), (0.75, 1.5)), ((5, 5), (0.3, 3.0))], ids=str)
-def test_never_ending_settings_are_found_exactly(grid, aspect):
-    smallest = min(smallest_block(grid, (0.15, 0.4), aspect, start) for start in range(0, 2**24, 2**21))
-    assert multiblock.find_small_block(grid, (0.15, 0.4), aspect, smallest - 1) is None
-    assert math.prod(multiblock.find_small_block(grid, (0.15, 0.4), aspect, smallest)) == smallest
+@pytest.mark.parametrize("grid, scale, aspect", [   # in the first two, 1 draw in 10,000 gives the smallest block
+    ((10, 16), (0.14, 0.23), (0.44, 2.38)), ((7, 13), (0.18, 0.36), (0.35, 1.11)), ((6, 10), (0.15, 0.4), (0.75, 1.5))],
+    ids=str)
+def test_never_ending_settings_are_found_exactly(grid, scale, aspect):
+    smallest = min(smallest_block(grid, scale, aspect, start) for start in range(0, 2**24, 2**21))
+    assert multiblock.find_small_block(grid, scale, aspect, smallest - 1) is None
+    assert math.prod(multiblock.find_small_block(grid, scale, aspect, smallest)) == smallest
 
 
 def smallest_block(grid, scale, aspect, start):
