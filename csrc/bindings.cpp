@@ -41,6 +41,8 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
   m.def("capability_lanes(Tensor any) -> int");
   m.def("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? position_index, Tensor(a!) out) -> ()");
   m.def("scatter_tokens(Tensor values, Tensor index, Tensor? fill, Tensor? positions, Tensor(a!) out) -> ()");
+  m.def("gather_patches(Tensor pixels, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
+  m.def("scatter_patches(Tensor patches, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {
