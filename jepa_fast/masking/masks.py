@@ -68,6 +68,7 @@ class Masks:
         sequence_lengths = context_pieces + target_pieces
         prediction_idx = _runs(_starts(sequence_lengths) + context_pieces, target_pieces)
         prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
+        is_uniform = int(target_lengths.min()) == int(target_lengths.max())
         return PackedMasks(
             context_idx=context_rows,
             context_cu_seqlens=_cu_seqlens(context_lengths),
@@ -80,6 +81,7 @@ class Masks:
             predictor_max_seqlen=int(sequence_lengths.max()),
             prediction_idx=prediction_idx,
             prediction_target_idx=target_rows.index_select(0, prediction_target),
+            prediction_lengths=None if is_uniform else target_pieces,
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32),
             batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
 
@@ -103,6 +105,7 @@ class PackedMasks:
     predictor_max_seqlen: int
     prediction_idx: Tensor          # [Q]: row of the predictor output, ordered (m, e, b, token)
     prediction_target_idx: Tensor   # [Q]: row of [B*N] each prediction is compared with
+    prediction_lengths: Tensor | None   # [M*E*B]: predictions per sequence; None where all are equal
     full_cu_seqlens: Tensor         # [B + 1]: whole samples, for the target encoder
     batch_size: int                 # B
     num_tokens: int                 # N
