@@ -49,8 +49,8 @@ def load_batches(dataset, transform: Transform | TensorAugment, *, global_batch_
     B = global_batch_size // world_size
     rows = _TrainingRows(len(dataset), seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
     finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
-    batches = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
-    return (finish(batch, start_step + n, rank * B, global_batch_size) for n, batch in enumerate(batches))
+    loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
+    return _finished(loader, finish, start_step, rank * B, global_batch_size)
 
 
 def load_in_order(dataset, transform: Transform | TensorAugment, *, batch_size: int, seed: int = 0,
@@ -62,8 +62,8 @@ def load_in_order(dataset, transform: Transform | TensorAugment, *, batch_size: 
     rows = [[(0, index) for index in range(start, min(start + batch_size, len(dataset)))]
             for start in range(0, len(dataset), batch_size)]
     finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
-    batches = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
-    return (finish(batch, n, 0, len(batch["index"])) for n, batch in enumerate(batches))
+    loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
+    return _finished(loader, finish, 0, 0, None)
 
 
 def steps_per_epoch(dataset, global_batch_size: int) -> int:
@@ -183,6 +183,12 @@ def _loader(dataset, transform, seed: int, rows, num_workers: int, device, max_b
     return DataLoader(_Samples(dataset, transform, seed, max_bad_fraction), batch_sampler=rows, collate_fn=_collate,
                       num_workers=num_workers, generator=torch.Generator(),
                       pin_memory=torch.device(device).type == "cuda")
+
+
+def _finished(loader: DataLoader, finish: "_Finish", start_step: int, first: int, total: int | None) -> Iterator[Batch]:
+    # no variable holds the loader's iterator: kept alive by a traceback, each of its workers takes 5 s to end
+    for n, batch in enumerate(loader):
+        yield finish(batch, start_step + n, first, total or len(batch["index"]))
 
 
 class _Finish:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .seeds import generator_for
+from .seeds import mix_seed
 from .tensor_augment import TensorAugment
 from .transforms import AsIs, Transform
 
@@ -35,11 +35,12 @@ def split_indices(labels: Tensor, split: Literal["train", "test", "all"]) -> Ten
         raise ValueError(f"split must be train, test or all, got {split!r}")
     if split == "all":
         return torch.arange(len(labels))
-    generator = generator_for(SPLIT_SEED)
+    # not torch's own permutation: the split is part of every reported number and must not change with torch
+    order = torch.tensor([mix_seed(SPLIT_SEED, index) for index in range(len(labels))])
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = torch.nonzero(labels == label).flatten()
-        is_test[members[torch.randperm(len(members), generator=generator)[:TEST_PER_CLASS]]] = True
+        is_test[members[order[members].argsort()[:TEST_PER_CLASS]]] = True
     return torch.nonzero(is_test == (split == "test")).flatten()
 
 

@@ -98,7 +98,7 @@ class TensorAugment:
               scale: tuple[float, float]) -> Tensor:
         device = images.device
         theta, half = self.affine(draw, scale, images.shape[-2] / images.shape[-1])
-        grid = F.affine_grid(theta.to(device, non_blocking=True), [images.shape[0], 1, size, size], align_corners=False)
+        grid = self._grid(theta.to(device, non_blocking=True), size)
         if self.elastic:
             field = field.to(device, non_blocking=True) * self.elastic
             field = F.interpolate(field, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -106,6 +106,14 @@ class TensorAugment:
         views = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         draw = {name: values.to(device, non_blocking=True) for name, values in draw.items()}
         return self._erase(self._tone(self._blur(views, draw), draw), draw)
+
+    @staticmethod
+    def _grid(theta: Tensor, size: int) -> Tensor:
+        """[B, size, size, 2]: theta of the middle of each pixel; F.affine_grid is a matmul, TF32 on some GPUs."""
+        middle = (2 * torch.arange(size, device=theta.device) + 1) / size - 1
+        x, y = middle[None, None, :, None], middle[None, :, None, None]
+        columns = theta[:, None, None]                               # [B, 1, 1, 2, 3]
+        return columns[..., 0] * x + columns[..., 1] * y + columns[..., 2]
 
     def affine(self, draw: dict[str, Tensor], scale: tuple[float, float], aspect: float) -> tuple[Tensor, Tensor]:
         """theta [B, 2, 3] and half [B, 2], the crop's half-width and half-height, for draws [B] in [0, 1).

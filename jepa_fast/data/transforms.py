@@ -56,13 +56,16 @@ def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _check_crop(name: str, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
-    if size < 1:
-        raise ValueError(f"{name}_size must be at least 1 pixel, got {size}")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"{name}_scale must be 0 < low <= high <= 1, got {scale}")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"crop_ratio must be 0 < low <= high, got {ratio}")
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1 pixel, got {size}")
+
+
+def _check_ranges(highest: float, **ranges: tuple[float, float]) -> None:
+    for name, (low, high) in ranges.items():
+        if not 0 < low <= high <= highest:
+            raise ValueError(f"{name} must be 0 < low <= high <= {highest}, got {(low, high)}")
 
 
 def color_jitter(image: Image.Image, brightness: float, contrast: float, saturation: float, hue: float,
@@ -97,7 +100,9 @@ class IjepaTransform:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self):
-        _check_crop("image", self.image_size, self.crop_scale, self.crop_ratio)
+        _check_sizes(image_size=self.image_size)
+        _check_ranges(1, crop_scale=self.crop_scale)
+        _check_ranges(math.inf, crop_ratio=self.crop_ratio)
 
     @property
     def num_views(self) -> int:
@@ -152,11 +157,12 @@ class MultiCrop:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self):
-        _check_crop("global", self.global_size, self.global_scale, self.crop_ratio)
-        _check_crop("local", self.local_size, self.local_scale, self.crop_ratio)
-        smallest = min([self.global_size] * (self.num_global > 0) + [self.local_size] * (self.num_local > 0), default=0)
-        if smallest == 0:
+        _check_sizes(global_size=self.global_size, local_size=self.local_size)
+        _check_ranges(1, global_scale=self.global_scale, local_scale=self.local_scale)
+        _check_ranges(math.inf, crop_ratio=self.crop_ratio, blur_sigma=self.blur_sigma)
+        if self.num_views < 1:
             raise ValueError(f"num_global + num_local must be at least 1, got {self.num_global} + {self.num_local}")
+        smallest = min(self.global_size, self.local_size)
         if self.blur_kernel % 2 == 0 or smallest <= self.blur_kernel // 2:
             raise ValueError(f"blur_kernel must be odd and less than twice the smallest view, got {self.blur_kernel}")
 
