@@ -41,6 +41,11 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
   m.def("capability_lanes(Tensor any) -> int");
   m.def("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? position_index, Tensor(a!) out) -> ()");
   m.def("scatter_tokens(Tensor values, Tensor index, Tensor? fill, Tensor? positions, Tensor(a!) out) -> ()");
+  // q, k, v, out, gradients [P, H, d], last dimension contiguous; lse [H, P] float32; cu_seqlens int32 on the CPU
+  m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
+        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {

@@ -2,6 +2,7 @@
 
 from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, info, use_backend, why_not
 from .gather_tokens import gather_tokens, scatter_tokens
+from .varlen_attention import varlen_attention, varlen_attention_qkv
 
 __all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "gather_tokens", "info", "scatter_tokens",
-           "use_backend", "why_not"]
+           "use_backend", "varlen_attention", "varlen_attention_qkv", "why_not"]
