@@ -3,6 +3,7 @@
 from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, info, use_backend, why_not
 from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens, scatter_tokens
+from .varlen_attention import varlen_attention, varlen_attention_qkv
 
 __all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "gather_patches", "gather_tokens", "info",
-           "scatter_patches", "scatter_tokens", "use_backend", "why_not"]
+           "scatter_patches", "scatter_tokens", "use_backend", "varlen_attention", "varlen_attention_qkv", "why_not"]
