@@ -41,6 +41,10 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
   m.def("capability_lanes(Tensor any) -> int");
   m.def("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? position_index, Tensor(a!) out) -> ()");
   m.def("scatter_tokens(Tensor values, Tensor index, Tensor? fill, Tensor? positions, Tensor(a!) out) -> ()");
+  m.def("ema_update_(Tensor(a!)[] target, Tensor[] source, float momentum) -> ()");
+  m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, float[] lr, float[] weight_decay, "
+        "int[] step, float beta1, float beta2, float eps, float momentum, Tensor? grad_scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {
