@@ -48,6 +48,10 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("ema_update_(Tensor(a!)[] target, Tensor[] source, float momentum) -> ()");
+  m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, float[] lr, float[] weight_decay, "
+        "int[] step, float beta1, float beta2, float eps, float momentum, Tensor? grad_scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {
