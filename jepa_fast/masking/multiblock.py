@@ -14,7 +14,7 @@ from jepa_fast.masking.masks import Masks
 from jepa_fast.masking.multiblock_plain import SQUARE, Grid, Range, Size, between, block_size, official_size
 
 try:
-    from jepa_fast import _masking
+    import jepa_fast._masking as _masking
 except ModuleNotFoundError:
     _masking = None
 
