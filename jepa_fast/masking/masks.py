@@ -54,8 +54,8 @@ class Masks:
         """Everything a packed I-JEPA model indexes with, so that the device never has to wait for the host."""
         (num_contexts, B), num_targets, N = self.context_lengths.shape, self.target_lengths.shape[0], self.num_tokens
         context_lengths, target_lengths = self.context_lengths.flatten(), self.target_lengths.flatten()
-        context_rows = self.context_idx + _sample_offsets(self.context_lengths, N)
-        target_rows = self.target_idx + _sample_offsets(self.target_lengths, N)
+        context_rows = _sample_offsets(self.context_lengths, N).add_(self.context_idx)
+        target_rows = _sample_offsets(self.target_lengths, N).add_(self.target_idx)
 
         # a predictor sequence is two pieces of cat([context_idx, target_idx]): list (e, b), then list (m, b)
         shape = (num_targets, num_contexts, B)
@@ -68,15 +68,19 @@ class Masks:
         sequence_lengths = context_pieces + target_pieces
         prediction_idx = _runs(_starts(sequence_lengths) + context_pieces, target_pieces)
         prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
+<<<<<<< HEAD
         is_uniform = int(target_lengths.min()) == int(target_lengths.max())
+=======
+        position = torch.cat([self.context_idx, self.target_idx]).index_select(0, rows)
+>>>>>>> masking
         return PackedMasks(
             context_idx=context_rows,
             context_cu_seqlens=_cu_seqlens(context_lengths),
             context_max_seqlen=int(context_lengths.max()),
             target_idx=target_rows,
             # every row past the contexts is a target, and all targets share one mask-token row
-            predictor_idx=rows.clamp_max(len(context_rows)),
-            predictor_position=torch.cat([self.context_idx, self.target_idx]).index_select(0, rows),
+            predictor_idx=rows.clamp_max_(len(context_rows)),
+            predictor_position=position,
             predictor_cu_seqlens=_cu_seqlens(sequence_lengths),
             predictor_max_seqlen=int(sequence_lengths.max()),
             prediction_idx=prediction_idx,

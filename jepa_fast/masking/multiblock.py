@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from jepa_fast.masking import multiblock_plain
-from jepa_fast.masking.masks import Masks
-from jepa_fast.masking.multiblock_plain import SQUARE, Grid, Range, Size, between, block_size, official_size
+from . import multiblock_plain
+from .masks import Masks
+from .multiblock_plain import SQUARE, Grid, Range, Size, between, block_size, official_size
 
 try:
-    from jepa_fast import _masking
+    import jepa_fast._masking as _masking
 except ModuleNotFoundError:
     _masking = None
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jepa_fast.masking.masks import Masks
-from jepa_fast.masking.philox import below, philox, unit
+from .masks import Masks
+from .philox import below, philox, unit
 
 if TYPE_CHECKING:
     from jepa_fast.masking.multiblock import MultiBlock
