@@ -68,11 +68,8 @@ class Masks:
         sequence_lengths = context_pieces + target_pieces
         prediction_idx = _runs(_starts(sequence_lengths) + context_pieces, target_pieces)
         prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
-<<<<<<< HEAD
         is_uniform = int(target_lengths.min()) == int(target_lengths.max())
-=======
         position = torch.cat([self.context_idx, self.target_idx]).index_select(0, rows)
->>>>>>> masking
         return PackedMasks(
             context_idx=context_rows,
             context_cu_seqlens=_cu_seqlens(context_lengths),
