@@ -59,8 +59,8 @@ def load_in_order(dataset, transform: Transform | TensorAugment, *, batch_size: 
     """Every image once, in the order of the data set, the last batch shorter: for probes and pictures."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    rows = [[(0, index) for index in range(start, min(start + batch_size, len(dataset)))]
-            for start in range(0, len(dataset), batch_size)]
+    rows = ([(0, index) for index in range(start, min(start + batch_size, len(dataset)))]
+            for start in range(0, len(dataset), batch_size))
     finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
     loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
     return _finished(loader, finish, 0, 0, None)
