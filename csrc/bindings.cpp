@@ -43,6 +43,10 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
   m.def("scatter_tokens(Tensor values, Tensor index, Tensor? fill, Tensor? positions, Tensor(a!) out) -> ()");
   m.def("gather_patches(Tensor pixels, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
   m.def("scatter_patches(Tensor patches, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
+  m.def("latent_loss(Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, float beta, float eps, "
+        "Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+  m.def("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "
+        "Tensor mean, Tensor rstd, float beta, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {
