@@ -18,10 +18,8 @@ LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 0.04, 0.996
 class OurStep:
     def __init__(self, config: LatentPredictionConfig):
         self.objective = config.build()
-        groups = param_groups(self.objective.roles())
+        groups = param_groups(self.objective.roles(), WEIGHT_DECAY)
         self.optimizer = AdamWEMA(groups, lr=LR, averages=self.objective.averages())
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = WEIGHT_DECAY if group["decays"] else 0.0
         self.optimizer.momentum = MOMENTUM
 
     def step(self, batch: dict) -> float:

@@ -59,7 +59,7 @@ def test_forward(name, dtype, prefix, tolerance):
     assert error(normalised[masks.prediction_target_idx].view_as(data["out/target"]), data["out/target"]) < 5e-6
     expected = data[f"{prefix}out/prediction"]
     assert error(prediction.view_as(expected), expected) < tolerance
-    loss = objective(batch)["loss"]
+    loss = objective(batch)["loss"].detach()
     assert abs(float(loss) / float(data[f"{prefix}train/loss"][0]) - 1) < max(tolerance / 2, 1e-10)
 
 
@@ -102,13 +102,13 @@ def test_gradients_of_step_one(dtype, prefix, tolerance):
                 assert_moments(parameter.grad, data[f"f64/{key}"], tolerance, name)
             elif not name.endswith("qkv.bias"):  # its key part is rounding noise (golden README, section 9)
                 assert error(parameter.grad, data[key]) < tolerance, name
-    assert checked > 60
+    assert checked == sum(key.startswith("grad/") for key in data)
 
 
 @pytest.mark.parametrize("dtype, row, tolerance", [(torch.float32, 0, 1e-4), (torch.float64, 1, 1e-10)])
 def test_three_training_steps(dtype, row, tolerance):
     objective, data = build("ijepa_model", dtype), golden("ijepa_model")
-    optimizer = AdamWEMA(param_groups(objective.roles()), averages=objective.averages())
+    optimizer = AdamWEMA(param_groups(objective.roles(), 0.04), averages=objective.averages())
     losses = []
     for step in range(3):
         for group, lr, weight_decay in zip(optimizer.param_groups, data["train/lr"][step].tolist(),

@@ -23,7 +23,7 @@ class LatentPredictionConfig:
     encoder: VisionTransformerConfig = field(default_factory=VisionTransformerConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     masking: MultiBlock = field(default_factory=MultiBlock)
-    momentum: Linear = field(default_factory=lambda: Linear(0.996, 1.0))  # of the target encoder, over training
+    momentum: Linear = field(default_factory=lambda: Linear(start=0.996, final=1.0))  # of the target encoder, over training
     beta: float = 1.0  # smooth-L1: quadratic below, linear above; 0 is L1
 
     def build(self) -> "LatentPrediction":

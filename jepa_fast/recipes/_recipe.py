@@ -18,12 +18,13 @@ from ..optim.schedules import Constant, Cosine, Horizon, WarmupCosine
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with decoupled decay; biases and one-dimensional parameters do not decay."""
+    """AdamW with decoupled decay; biases and one-dimensional parameters do not decay unless told to."""
 
     lr: WarmupCosine
     weight_decay: Cosine | Constant
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    decay_all: bool = False         # biases and one-dimensional parameters decay too
     clip_grad: float | None = None  # largest gradient norm, per role (encoder, predictor); None: no clipping
 
 

@@ -30,11 +30,11 @@ def _official(name: str, summary: str, encoder: VisionTransformerConfig, *, mask
             masking=MultiBlock(num_targets=4, num_contexts=1, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0),
                                aspect_ratio=(0.75, 1.5), min_keep=10, allow_overlap=False,
                                mask_group_size=mask_group_size),
-            momentum=Linear(0.996, 1.0)),
+            momentum=Linear(start=0.996, final=1.0)),
         data=ImageFolderData(transform=IjepaTransform(image_size=encoder.image_size, crop_scale=(0.3, 1.0)),
                              num_workers=10),
         optim=OptimConfig(lr=WarmupCosine(start=2e-4, peak=1e-3, final=1e-6, warmup_epochs=warmup_epochs),
-                          weight_decay=Cosine(0.04, 0.4)),
+                          weight_decay=Cosine(start=0.04, final=0.4)),
         train=TrainConfig(batch_size=2048, epochs=epochs, schedule_scale=1.0, precision="bf16", seed=0))
 
 
@@ -92,8 +92,8 @@ def ijepa_mnist() -> Recipe:
             encoder=encoder, predictor=PredictorConfig(embed_dim=96, depth=4),
             masking=MultiBlock(num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0), min_keep=4,
                                mask_group_size=128),
-            momentum=Linear(0.99, 1.0)),
+            momentum=Linear(start=0.99, final=1.0)),
         data=MnistData(),
         optim=OptimConfig(lr=WarmupCosine(start=2e-4, peak=1e-3, final=1e-6, warmup_epochs=4),
-                          weight_decay=Cosine(0.04, 0.4)),
+                          weight_decay=Cosine(start=0.04, final=0.4)),
         train=TrainConfig(batch_size=256, epochs=40, precision="fp32", log_every=5))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import load_batches
-from ..optim import AdamWEMA, clip_factor, param_groups
+from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from . import distributed
 from .run import Run
@@ -26,11 +26,10 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     batch_size = local_batch_size(recipe, world.size)
     torch.manual_seed(config.seed)
     objective = recipe.objective.build().to(world.device)
-    optimizer = AdamWEMA(param_groups(objective.roles()), betas=recipe.optim.betas, eps=recipe.optim.eps,
-                         averages=objective.averages())
+    optimizer = build_optimizer(recipe, objective)
     run = Run(folder, recipe, world)
     step = run.resume(objective, optimizer) if resume else 0
-    num_steps = min(horizon.num_steps, config.max_steps or horizon.num_steps)
+    num_steps = min(num_steps_of(horizon), config.max_steps or num_steps_of(horizon))
     model = wrap(objective, world)
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
     run.start(step, num_steps)
@@ -43,11 +42,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
             torch.manual_seed(config.seed + 1_000_003 * step + world.rank)
             losses = accumulate(model, objective, batch, recipe, step, world.rank * batch_size)
             run.check(step + 1, losses)
-            grad_scale = None
-            if recipe.optim.clip_grad is not None:
-                groups = [list(role.parameters()) for role in objective.roles().values()]
-                losses["grad_norm"], grad_scale = clip_factor(groups, recipe.optim.clip_grad)
-            optimizer.step(grad_scale=grad_scale)
+            optimizer.step(grad_scale=clip(recipe, objective, losses))
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if step % config.log_every == 0 or step == num_steps:
@@ -95,17 +90,36 @@ def micro_batches(batch: dict, count: int) -> list[dict]:
     return parts
 
 
-def set_schedules(optimizer: AdamWEMA, recipe: Recipe, step: int, horizon) -> dict[str, float]:
+def build_optimizer(recipe: Recipe, objective: nn.Module) -> AdamWEMA:
+    groups = param_groups(objective.roles(), 0.0)
+    if recipe.optim.decay_all:
+        for group in groups:
+            group.pop("WD_exclude", None)
+    return AdamWEMA(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, averages=objective.averages())
+
+
+def clip(recipe: Recipe, objective: nn.Module, losses: dict[str, Tensor]) -> Tensor | None:
+    """The factor for each optimizer group, every role clipped by its own norm; the norms join `losses`."""
+    if recipe.optim.clip_grad is None:
+        return None
+    roles = objective.roles()
+    norms, scales = clip_scale([role.parameters() for role in roles.values()], recipe.optim.clip_grad)
+    losses |= {f"grad_norm_{name}": norm for name, norm in zip(roles, norms, strict=True)}
+    return scales.repeat(2)  # groups: weights of every role, then biases of every role
+
+
+def set_schedules(optimizer: AdamWEMA, recipe: Recipe, step: int, horizon: Horizon) -> dict[str, float]:
     """Learning rate, weight decay and momentum of this step, put into the optimizer; what was put there."""
-    lr, weight_decay = recipe.optim.lr(step, horizon), recipe.optim.weight_decay(step, horizon)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
-    settings = {"lr": lr, "weight_decay": weight_decay}
+    settings = {"lr": recipe.optim.lr(step, horizon), "weight_decay": recipe.optim.weight_decay(step, horizon)}
+    optimizer.set_hyperparameters(**settings)
     momentum = getattr(recipe.objective, "momentum", None)
     if momentum is not None:
         optimizer.momentum = settings["momentum"] = momentum(step, horizon)
     return settings
+
+
+def num_steps_of(horizon: Horizon) -> int:
+    return int(horizon.epochs * horizon.steps_per_epoch)
 
 
 def local_batch_size(recipe: Recipe, world_size: int) -> int:
