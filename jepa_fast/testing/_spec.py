@@ -118,9 +118,10 @@ def error(value: Tensor, exact: Tensor) -> float:
     """||value - exact|| / ||exact||, both in float64; infinite where either is not finite and the other is."""
     if not torch.equal(value.isfinite(), exact.isfinite()):
         return float("inf")
+    value, exact = value.detach(), exact.detach()
     difference = torch.nan_to_num(value.double() - exact.double()).norm()
     scale = torch.nan_to_num(exact.double(), posinf=0.0, neginf=0.0).norm()
-    return float(difference / scale) if scale > 0 else float(difference)
+    return float(difference / scale if scale > 0 else difference)
 
 
 def assert_within_error_rule(ours: dict, plain: dict, exact: dict) -> None:
