@@ -56,6 +56,8 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
         "Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "
         "Tensor mean, Tensor rstd, float beta, Tensor(a!) out) -> ()");
+  m.def("bias_gelu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
+  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) grad_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {
