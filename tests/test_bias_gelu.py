@@ -40,9 +40,11 @@ def test_every_element_keeps_its_relative_accuracy():
         (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
     exact, exact_slope = gelu_and_slope(x.detach())
     fused = torch.ops.jepa_fast_C.capability_lanes(torch.empty(0)) > 4  # without it exp(-z^2 / 2) has the error of z^2
-    assert float(((out.detach() - exact) / exact).abs().nan_to_num(0).max()) < (5e-7 if fused else 1e-5)
+    assert float(((out.detach() - exact) / exact).abs().nan_to_num(0).max()) < (2e-6 if fused else 2e-5)
+    near = x.detach() > -2
+    assert float(((out.detach() - exact) / exact).abs()[near].nan_to_num(0).max()) < 3e-7
     far = (x.detach() + 0.7518).abs() > 0.3  # from the root of the slope
-    assert float(((slope - exact_slope) / exact_slope).abs()[far].max()) < (2e-6 if fused else 2e-5)
+    assert float(((slope - exact_slope) / exact_slope).abs()[far].max()) < (3e-6 if fused else 2e-5)
     assert float((slope - exact_slope).abs().max()) < 3e-7
 
 
@@ -60,16 +62,18 @@ def test_equals_linear_and_gelu(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_values(backend, dtype):
-    """NaN and infinities as PyTorch's gelu and its gradient have them, in whole vectors and in the rest."""
-    values = torch.tensor([0.0, -0.0, NAN, INF, -INF, 1e30, -1e30, 14.9, -16.0, 1e-30, -1e-30]).repeat(5).to(dtype)
-    ours, theirs = (values.repeat(2, 1).requires_grad_() for _ in range(2))
-    bias = torch.zeros(55, dtype=dtype, requires_grad=True)
-    out, expected = bias_gelu(ours, bias), F.gelu(theirs)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0, equal_nan=True)
-    grad, grad_bias = torch.autograd.grad(out, [ours, bias], torch.ones_like(out))
-    (expected_grad,) = torch.autograd.grad(expected, theirs, torch.ones_like(out))
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(grad_bias, 2 * expected_grad[0], rtol=1e-6, atol=0, equal_nan=True)
+    """NaN and infinities as in float64, in whole vectors and in the rest."""
+    values = torch.tensor([0.0, -0.0, NAN, INF, -INF, 1e30, -1e30, 14.9, -16.0, 1e-30, -1e-30]).to(dtype)
+    if backend == "plain":  # PyTorch's vectorised erf has no infinity
+        values = values[~values.isinf()]
+    D = 5 * len(values)
+    x, bias = values.repeat(2, 5).requires_grad_(), torch.zeros(D, dtype=dtype, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    out, expected = bias_gelu(x, bias), F.gelu(exact)
+    grad, grad_bias = torch.autograd.grad(out, [x, bias], torch.ones_like(out))
+    (expected_grad,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+    for ours, theirs in ((out, expected), (grad, expected_grad), (grad_bias, 2 * expected_grad[0])):
+        torch.testing.assert_close(ours, theirs.to(dtype), rtol=1e-6, atol=1e-37, equal_nan=True)
 
 
 def test_nan_in_grad_reaches_both_gradients(backend):
@@ -94,6 +98,20 @@ def test_half_precision_is_rounded_once(dtypes):
         assert bool(((ours - theirs).abs() <= 1.001 * half_step * theirs.abs() + 1e-6).all())
     assert grad_bias.dtype == dtypes[1]
     assert testing.error(grad_bias, exact_grad.sum(0)) < (1e-6 if dtypes[1] == torch.float32 else half_step)
+
+
+@pytest.mark.parametrize("P", [1, 2, 31, 32, 33, 65])
+def test_every_width(backend, P):
+    """Against what a sum of P rounded terms may be off, element by element: nothing is missed at an edge or twice."""
+    for D in range(1, 71):
+        x, bias, grad = draw(P, D).requires_grad_(), draw(D, seed=1).requires_grad_(), draw(P, D, seed=2)
+        out = bias_gelu(x, bias)
+        grad_x, grad_bias = torch.autograd.grad(out, [x, bias], grad)
+        exact, slope = gelu_and_slope(x.detach().double() + bias.detach().double())
+        terms = grad * slope
+        assert bool(((out - exact).abs() <= 1e-6 * (1 + exact.abs())).all()), D
+        assert bool(((grad_x - terms).abs() <= 5e-7 * grad.abs()).all()), D
+        assert bool(((grad_bias - terms.sum(0)).abs() <= 5e-7 * grad.abs().sum(0)).all()), D
 
 
 @pytest.mark.parametrize("fc1_gets_gradient", [True, False])

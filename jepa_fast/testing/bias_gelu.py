@@ -28,7 +28,9 @@ def _mixed(name, *shape):
 
 
 def _random(draw):
-    P, D, scale, shift = draw(0, 80), draw(1, 90), (0.01, 1.0, 8.0)[draw(0, 2)], (0.0, -6.0, 6.0)[draw(0, 2)]
+    # wide enough that the norm over D of the bias gradient, whose sums cancel, is no matter of luck; narrow ones are
+    # compared element by element in tests/test_bias_gelu.py
+    P, D, scale, shift = draw(0, 80), draw(40, 130), (0.01, 1.0, 8.0)[draw(0, 2)], (0.0, -6.0, 6.0)[draw(0, 2)]
     make = _mixed if draw(0, 3) == 0 else _case
     options = {} if make is _mixed else {"scale": scale, "shift": shift}
     return make(f"fuzz-{P}-{D}-{scale}-{shift}-{make.__name__}", P, D, **options)
@@ -48,7 +50,6 @@ BIAS_GELU = OpSpec(
         _case("empty", 0, 16),
         _case("one", 1, 1),
         _case("one-row", 1, 45),
-        _case("one-column", 100, 1),
         _case("odd", 33, 7),
         _case("three-dimensions", 2, 19, 45),
         _mixed("float32-bias", 70, 33),
