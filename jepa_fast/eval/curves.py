@@ -1,0 +1,97 @@
+"""Learning curves: every column of a run's metrics file against its steps."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+
+from ._style import ACCENT, MUTED, drawing
+
+# what the ending of a column's name says about its unit; the longest that fits counts
+_UNITS = {"_per_s": "per second", "_s": "seconds", "_ms": "milliseconds", "_bytes": "bytes", "_mib": "MiB",
+          "_gib": "GiB", "_percent": "%"}
+
+
+def read_metrics(metrics_csv_path: Path | str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps [n] in rising order and each column that holds a number, float64 [n], empty cells NaN.
+
+    A step written twice (a resumed run) counts once, as last written. Raises ValueError, naming file and line, for a
+    missing `step` column, a file without rows, and a cell that is no number.
+    """
+    rows: dict[float, dict[str, float]] = {}
+    with open(metrics_csv_path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or [])
+        if "step" not in names:
+            raise ValueError(f"{metrics_csv_path} must have a column named step, got {names}")
+        for cells in reader:
+            row = {name: _number(cells.get(name), name, metrics_csv_path, reader.line_num) for name in names}
+            if math.isnan(row["step"]):
+                raise ValueError(f"{metrics_csv_path} line {reader.line_num}: step must be a number, got an empty cell")
+            rows[row["step"]] = row
+    if not rows:
+        raise ValueError(f"{metrics_csv_path} must have at least one row below its header, got none")
+    steps = np.array(sorted(rows))
+    columns = {name: np.array([rows[step][name] for step in steps]) for name in names if name != "step"}
+    return steps, {name: values for name, values in columns.items() if not np.isnan(values).all()}
+
+
+def learning_curves(metrics_csv_path: Path | str, out_png: Path | str) -> Path:
+    """Draw each metric of a CSV file with a `step` column as a small panel of its own; returns the path of the picture.
+
+    Empty cells are skipped. The axis is logarithmic where all values are positive and span a factor of 30 or more.
+    With more than 150 points, the raw values are pale and a running mean over a fortieth of them is drawn on top.
+    """
+    steps, columns = read_metrics(metrics_csv_path)
+    if not columns:
+        raise ValueError(f"{metrics_csv_path} must have a column of numbers besides step, got none")
+    num_columns = min(3, len(columns))
+    num_rows = -(-len(columns) // num_columns)
+    with drawing(out_png, 0.4 + 3.2 * num_columns, 0.5 + 2.0 * num_rows) as figure:
+        axes = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True)
+        for ax, (name, values) in zip(axes.flat, columns.items(), strict=False):   # a last row may have room left
+            _panel(ax, name, steps, values)
+        for spare in axes.flat[len(columns):]:
+            spare.set_axis_off()
+        for column in range(num_columns):   # the lowest panel of each column carries the steps
+            lowest = axes[(len(columns) - 1 - column) // num_columns, column]
+            lowest.set_xlabel("step")
+            lowest.tick_params(labelbottom=True)
+        figure.suptitle("Learning curves", x=0.01, ha="left")
+    return Path(out_png)
+
+
+def _panel(ax, name: str, steps: np.ndarray, values: np.ndarray) -> None:
+    is_there = ~np.isnan(values)
+    steps, values = steps[is_there], values[is_there]
+    is_noisy = len(values) > 150
+    ax.plot(steps, values, color=ACCENT, alpha=0.3 if is_noisy else 1.0, linewidth=0.8 if is_noisy else 1.5,
+            marker="o" if len(values) <= 30 else None, markersize=3)
+    if is_noisy:
+        ax.plot(steps, _running_mean(values, len(values) // 40), color=ACCENT)
+    finite = values[np.isfinite(values)]
+    if len(finite) and finite.min() > 0 and finite.max() >= 30 * finite.min():
+        ax.set_yscale("log")
+    ax.set_title(name)
+    unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), None)
+    ax.set_ylabel(unit or "")
+    ax.annotate(f"{values[-1]:.4g}", (1.0, 1.0), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
+                ha="right", va="bottom", fontsize=8, color=MUTED)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the `width` values around each, fewer at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    begin, end = np.maximum(middle - width // 2, 0), np.minimum(middle + width - width // 2, len(values))
+    return (sums[end] - sums[begin]) / (end - begin)
+
+
+def _number(cell: str | None, name: str, path: Path | str, line: int) -> float:
+    if cell is None or not cell.strip():
+        return math.nan
+    try:
+        return float(cell)
+    except ValueError:
+        raise ValueError(f"{path} line {line}: {name} must be a number or empty, got {cell!r}") from None
