@@ -1,32 +1,11 @@
-// Sine and cosine of half an angle, and the step of a rotation built from them, for vectors of floats.
+// Rotations of the plane for vectors of angles: made from an angle, doubled, applied.
 #pragma once
 
 #include "simd.h"
 
 namespace jepa_fast::CPU_CAPABILITY {
 
-constexpr double kPi = 3.14159265358979323846;
-
-// |h| <= pi/2; minimax polynomials, error below 1e-8 before rounding
-inline Vec sin_quarter(Vec h) {
-  const Vec z = h * h;
-  Vec q = broadcast(2.60575074e-6f);
-  q = fma(q, z, broadcast(-1.98095901e-4f));
-  q = fma(q, z, broadcast(8.33306608e-3f));
-  q = fma(q, z, broadcast(-1.66666595e-1f));
-  return fma(h * z, q, h);
-}
-inline Vec cos_quarter(Vec h) {
-  const Vec z = h * h;
-  Vec q = broadcast(-2.60768168e-7f);
-  q = fma(q, z, broadcast(2.47618706e-5f));
-  q = fma(q, z, broadcast(-1.38884032e-3f));
-  q = fma(q, z, broadcast(4.16666407e-2f));
-  q = fma(q, z, broadcast(-4.99999995e-1f));
-  return fma(q, z, broadcast(1.f));
-}
-
-// A rotation by an angle, kept as 1 - cos and sin: for small angles both are known to their last bit, so that a hundred
+// A rotation by an angle, kept as 1 - cos and sin: of a small angle both are known to their last bit, so that many
 // rotations in a row drift no further than the rounding of the angle itself.
 struct Rotation {
   Vec versine, sine;
@@ -38,20 +17,35 @@ struct Split {
   explicit Split(double x) : high(float(x)), low(float(x - double(float(x)))) {}
 };
 
-// The rotation by p * 2 * half_t. NaN and infinity give NaN; beyond |p t| of about 1e7 a float32 phase has no digits left
-// and the angle is arbitrary, but finite.
-inline Rotation rotation(Vec p, Split half_t) {
-  const Vec angle = p * half_t.high;
-  const Vec rest = fma(p, broadcast(half_t.low), fma(p, broadcast(half_t.high), -angle));  // what rounding cut off
-  const Vec n = round_nearest(angle * float(1 / kPi));
-  Vec h = fma(n, broadcast(-3.140625f), angle);  // pi in three parts; the first has 8 bits, n times it is exact
-  h = fma(n, broadcast(-9.676218032836914e-4f), h);
-  h = fma(n, broadcast(-3.1786509e-8f), h) + rest;
-  const Vec limit = broadcast(float(kPi / 2));
-  h = h > limit ? limit : h;
-  h = h < -limit ? -limit : h;
-  const Vec s = sin_quarter(h), twice = s + s;
-  return {twice * s, twice * cos_quarter(h)};
+// The rotation by t p. NaN and infinity give NaN; beyond |t p| of about 1e6 float32 has no digits left for the phase of p
+// itself, and the angle is arbitrary but finite.
+inline Rotation rotation(Vec p, Split t) {
+  const Vec angle = p * t.high;
+  const Vec rest = fma(p, broadcast(t.low), fma(p, broadcast(t.high), -angle));  // what the rounding of angle cut off
+  const Vec n = round_nearest(angle * 0.636619772f);  // quarter turns
+  Vec r = fma(n, broadcast(-1.5703125f), angle);      // pi/2 in three parts; n times the first, of 8 bits, is exact
+  r = fma(n, broadcast(-4.838109016418457e-4f), r);
+  r = fma(n, broadcast(-1.58932547e-8f), r) + rest;
+  const Vec limit = broadcast(0.7862f);  // pi/4 and a little; NaN passes
+  r = r > limit ? limit : r;
+  r = r < -limit ? -limit : r;
+
+  // minimax polynomials, error below 4e-9 before rounding
+  const Vec z = r * r;
+  Vec s = fma(z, broadcast(-1.951461827e-4f), broadcast(8.332155955e-3f));
+  s = fma(z, s, broadcast(-1.666665454e-1f));
+  s = fma(r * z, s, r);
+  Vec v = fma(z, broadcast(-2.447653416e-5f), broadcast(1.388772694e-3f));
+  v = fma(z, v, broadcast(-4.166665485e-2f));
+  v = fma(z * z, v, z * 0.5f);
+
+  const IVec quarter = __builtin_convertvector(n, IVec);
+  const IVec is_odd = (quarter & 1) != 0;
+  const UVec sign = (UVec)(quarter & 2) << 30;
+  const Vec versine = (is_odd ? broadcast(1.f) : __builtin_convertvector(quarter & 2, Vec)) +
+                      (Vec)((UVec)(is_odd ? s : v) ^ sign);
+  const Vec sine = (Vec)((UVec)(is_odd ? broadcast(1.f) - v : s) ^ sign);
+  return {versine, sine};
 }
 
 inline Rotation doubled(Rotation r) {

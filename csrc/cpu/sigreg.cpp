@@ -51,8 +51,8 @@ struct Phasors {
   void start(const Strip& strip, int64_t row, const Grid& grid) {
     const bool is_row = strip.has(row);
     const Vec p = is_row ? load_lanes(strip.p + row * strip.stride, strip.lanes) : Vec{};
-    const Rotation one = rotation(p, Split(grid.t_step / 2)), two = doubled(one);
-    const Rotation first = grid.t_start == grid.t_step ? one : rotation(p, Split(grid.t_start / 2));
+    const Rotation one = rotation(p, Split(grid.t_step)), two = doubled(one);
+    const Rotation first = grid.t_start == grid.t_step ? one : rotation(p, Split(grid.t_start));
     cosine[0] = is_row ? broadcast(1.f) - first.versine : Vec{};
     sine[0] = is_row ? first.sine : Vec{};
     for (int q = 1; q < kChains; ++q) {
@@ -60,7 +60,7 @@ struct Phasors {
       sine[q] = sine[q == 1 ? 0 : q - 2];
       rotate(cosine[q], sine[q], q == 1 ? one : two);
     }
-    stride = rotation(p, Split(grid.t_step / 2 * kChains));
+    stride = rotation(p, Split(grid.t_step * kChains));
   }
 
   void turn() {
