@@ -94,6 +94,10 @@ class VisionTransformer(nn.Module):
         """Pooled features [B, num_features]: the class token, or the mean of the tokens, then the head."""
         return self.pool(self(images))
 
+    def patch_features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens [B, N, D] without the class token, and their grid (rows, columns)."""
+        return self(images)[:, int(self.config.class_token):], self.patch_embed.grid(images)
+
     def pool(self, tokens: Tensor) -> Tensor:
         pooled = tokens[:, 0] if self.config.class_token else tokens.mean(1)
         return self.head(pooled) if self.config.num_outputs else pooled

@@ -3,6 +3,7 @@
 import csv
 import math
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -45,7 +46,9 @@ class Run:
             if int(row["step"]) <= step:
                 self._append(row)
         self._writers = open_writers(self.recipe, self.folder)
-        self._bar = tqdm(total=num_steps, initial=step, unit="step", desc=self.recipe.name, dynamic_ncols=True)
+        # a log file wants a line now and then, a terminal a moving bar
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", desc=self.recipe.name, dynamic_ncols=True,
+                         mininterval=0.2 if sys.stderr.isatty() else 15.0)
 
     def check(self, step: int, losses: dict[str, Tensor]) -> None:
         """Stop where a term is not finite. On a GPU the first bad step is noted there and read at the next `log`."""
@@ -87,7 +90,7 @@ class Run:
         self._append(row)
         for write in self._writers:
             write(step, row)
-        self._bar.set_postfix(loss=f"{values['loss']:.4f}", **{"img/s": f"{speed:.0f}"})
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", **{"img/s": f"{speed:.0f}"}, refresh=False)
 
     def tick(self, step: int) -> None:
         if self._bar is not None:
