@@ -103,12 +103,18 @@ def test_linear_probe_chooses_its_decay_on_train_rows_only(digits):
     # the test rows choose nothing
     few = room.linear_probe(x, labels[:200], y[:9], answers[:9], weight_decay=decays)
     assert few.weight_decay == chosen.weight_decay and torch.equal(few.weight, chosen.weight)
+    # all decays separate two far classes: at a tie the largest
+    far = torch.tensor([[-9.0], [9.0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    assert room.linear_probe(*far, *far, weight_decay=(1e-3, 1e-1, 1e-2)).weight_decay == 1e-1
 
 
 def test_linear_probe_survives_constant_features_and_float32(digits):
     train, labels, test, answers = digits
     plain = room.linear_probe(train, labels, test, answers, weight_decay=1e-2)
-    wide = [torch.cat([x, torch.full((len(x), 3), 1e5 / 3)], 1) for x in (train, test)]
+    # constant up to the last bit of float32: scaled to unit spread it would be noise as large as the digits
+    steps = [1e5 / 3 * (1 + 1e-7 * random(len(x), 3).sign()) for x in (train, test)]
+    wide = [torch.cat([x, step], 1) for x, step in zip((train, test), steps, strict=True)]
+    assert (wide[0][:, -3:].double().std(0) > 0).all()
     for dtype in (torch.float64, torch.float32):
         probe = room.linear_probe(wide[0], labels, wide[1], answers, weight_decay=1e-2, dtype=dtype)
         assert probe.std[-3:].tolist() == [1.0] * 3 and probe.weight.dtype == dtype

@@ -5,14 +5,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import torch
 
 from jepa_fast import eval as room
-from jepa_fast.eval import curves
+from jepa_fast.eval import curves, pictures
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -55,6 +55,13 @@ def test_pca_picture_paints_patches_where_they_are(tmp_path):
     columns = (picture == np.array(low)).all(-1).any(0).nonzero()[0]
     assert columns.min() < (picture == np.array(high)).all(-1).any(0).nonzero()[0].min()
     assert shows(picture, (0, 0, 0)) > 10000   # the images themselves, black
+
+
+def test_pca_colours_run_from_percentile_1_to_99():
+    ramp = torch.arange(101.0)[:, None] * torch.tensor([0.6, 0.8])
+    colours, fraction = pictures._colours("ramp", ramp[None], (1, 101), 1)
+    torch.testing.assert_close(colours[0, 0, :, 0], ((torch.arange(101.0) - 1) / 98).clamp(0, 1).double())
+    assert fraction == pytest.approx(1.0)
 
 
 def test_pictures_of_features_hold_many_colours(tmp_path):
@@ -141,7 +148,7 @@ def test_page_shows_everything_escaped_with_links_that_exist(tmp_path):
     for ending in ("", "t", "h", "r", "c", "p", "v", "y: 'é'\n"):
         assert nasty + ending in page.text
     assert "http" not in path.read_text(encoding="utf-8")
-    assert [(tmp_path / unquote(link)).is_file() for link in page.links] == [True] * 4
+    assert [(tmp_path / unquote(urlsplit(link).path)).is_file() for link in page.links] == [True] * 4
     room.write_page(tmp_path, "second", "", [], [])
     assert "second" in Page(path).text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "index.html", "sub"]
