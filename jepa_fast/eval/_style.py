@@ -1,4 +1,4 @@
-"""One look for every picture, whatever the reader's own matplotlib settings are; matplotlib is imported on first use."""
+"""One look for every picture, whatever the user's own matplotlib settings; matplotlib is imported on first use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,12 @@ _STYLE = {
 
 @contextmanager
 def drawing(out_png: Path | str, width: float, height: float) -> Iterator:
-    """A matplotlib Figure of width x height inches, written to `out_png` (a name ending in .png) when the block ends."""
+    """A matplotlib Figure of width x height inches, written to `out_png` (NAME.png) when the block ends."""
     if Path(out_png).suffix != ".png":
         raise ValueError(f"out_png must be a file name ending in .png, got {str(out_png)!r}")
+    # not pyplot: no global state, no window system
     import matplotlib.style
-    from matplotlib.figure import Figure   # not pyplot: no global state, no window system
+    from matplotlib.figure import Figure
 
     with matplotlib.style.context(_STYLE, after_reset=True):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,17 +1,18 @@
 """Collapse monitors: numbers that fall when an encoder starts to say the same about every image.
 
-    std             standard deviation of each feature over the samples; 0 = that feature is constant
-    effective_rank  exp(-sum_i p_i log p_i) with p_i = s_i / sum_j s_j, s the singular values of the [n, D] features:
-                    RankMe, Garrido et al., arXiv:2210.02885, section 3; between 1 and min(n, D), 0 for all-zero features
+    std             standard deviation of each feature over the samples; 0 where a feature is constant
+    effective_rank  exp(-sum_i p_i log p_i), p_i = s_i / sum_j s_j, s the singular values of the [n, D] features:
+                    between 1 and min(n, D), 0 for all-zero features.  RankMe, arXiv:2210.02885, section 3
+                    (without the paper's 1e-7 inside p, which only keeps the logarithm finite)
     cosine          mean cosine similarity of predictions and targets; 1 with a falling rank is collapse, not success
 
-As in RankMe the features are not centred, so a large common mean lowers the rank as well; pass features minus their mean
-for the rank around it. Singular values are the roots of the eigenvalues of the smaller Gram matrix, taken in float64:
-float32 would lift every zero among them to about 3e-4 of the largest.
+As in RankMe the features are not centred: a large common mean lowers the rank too, and the features minus their mean
+give the rank around it. Singular values are square roots of the eigenvalues of the smaller Gram matrix, in float64:
+in float32 every zero among them would come out near 3e-4 of the largest.
 
-Everything is a 0-dim tensor on the device of the features. Nothing waits for the device except `eigvalsh` on CUDA, inside
-the effective rank: call it at the steps that print, or keep `feature_moments` (no wait) and read them then. NaN or
-infinite features give NaN, never an exception.
+All results are 0-dim tensors on the device of the features. Nothing waits for the device but the effective rank, since
+`eigvalsh` does on CUDA: take it at the steps that print, or keep `feature_moments` (no wait) and read them there. NaN
+or infinite features give NaN, never an exception.
 """
 
 import torch
@@ -75,7 +76,7 @@ def monitors_of_moments(moments: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean cosine similarity along the last dimension of two [..., D] tensors, 0-dim float32; a zero vector counts 0."""
+    """Mean cosine similarity of the rows of two [..., D] tensors, 0-dim float32; a zero row counts as 0."""
     if prediction.shape != target.shape or prediction.dim() < 1 or not prediction.numel():
         raise ValueError(f"prediction and target must have one non-empty [..., D] shape, "
                          f"got {list(prediction.shape)} and {list(target.shape)}")

@@ -14,7 +14,7 @@ _UNITS = {"_per_s": "per second", "_s": "seconds", "_ms": "milliseconds", "_byte
 
 
 def read_metrics(metrics_csv_path: Path | str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps [n] in rising order and each column that holds a number, float64 [n], empty cells NaN.
+    """Steps [n] in rising order and each column that holds a finite number, float64 [n], empty cells NaN.
 
     A step written twice (a resumed run) counts once, as last written. Raises ValueError, naming file and line, for a
     missing `step` column, a file without rows, and a cell that is no number.
@@ -28,20 +28,21 @@ def read_metrics(metrics_csv_path: Path | str) -> tuple[np.ndarray, dict[str, np
         for cells in reader:
             row = {name: _number(cells.get(name), name, metrics_csv_path, reader.line_num) for name in names}
             if math.isnan(row["step"]):
-                raise ValueError(f"{metrics_csv_path} line {reader.line_num}: step must be a number, got an empty cell")
+                raise ValueError(f"{metrics_csv_path} line {reader.line_num}: step must be a number, got none")
             rows[row["step"]] = row
     if not rows:
         raise ValueError(f"{metrics_csv_path} must have at least one row below its header, got none")
     steps = np.array(sorted(rows))
     columns = {name: np.array([rows[step][name] for step in steps]) for name in names if name != "step"}
-    return steps, {name: values for name, values in columns.items() if not np.isnan(values).all()}
+    return steps, {name: values for name, values in columns.items() if np.isfinite(values).any()}
 
 
 def learning_curves(metrics_csv_path: Path | str, out_png: Path | str) -> Path:
     """Draw each metric of a CSV file with a `step` column as a small panel of its own; returns the path of the picture.
 
-    Empty cells are skipped. The axis is logarithmic where all values are positive and span a factor of 30 or more.
-    With more than 150 points, the raw values are pale and a running mean over a fortieth of them is drawn on top.
+    Empty cells, NaN and infinity are skipped; the number beside a title is the last value. The axis is logarithmic
+    where all values are positive and most are small beside the largest (over 20 times the median). A noisy metric of
+    more than 150 points is drawn pale under its running mean over a fortieth of them.
     """
     steps, columns = read_metrics(metrics_csv_path)
     if not columns:
@@ -49,6 +50,7 @@ def learning_curves(metrics_csv_path: Path | str, out_png: Path | str) -> Path:
     num_columns = min(3, len(columns))
     num_rows = -(-len(columns) // num_columns)
     with drawing(out_png, 0.4 + 3.2 * num_columns, 0.5 + 2.0 * num_rows) as figure:
+        figure.get_layout_engine().set(w_pad=0.08)
         axes = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True)
         for ax, (name, values) in zip(axes.flat, columns.items(), strict=False):   # a last row may have room left
             _panel(ax, name, steps, values)
@@ -63,19 +65,18 @@ def learning_curves(metrics_csv_path: Path | str, out_png: Path | str) -> Path:
 
 
 def _panel(ax, name: str, steps: np.ndarray, values: np.ndarray) -> None:
-    is_there = ~np.isnan(values)
+    is_there = np.isfinite(values)
     steps, values = steps[is_there], values[is_there]
-    is_noisy = len(values) > 150
+    # a curve that rises once and falls once is twice its range long, noise many times
+    is_noisy = len(values) > 150 and np.abs(np.diff(values)).sum() > 4 * np.ptp(values)
     ax.plot(steps, values, color=ACCENT, alpha=0.3 if is_noisy else 1.0, linewidth=0.8 if is_noisy else 1.5,
             marker="o" if len(values) <= 30 else None, markersize=3)
     if is_noisy:
         ax.plot(steps, _running_mean(values, len(values) // 40), color=ACCENT)
-    finite = values[np.isfinite(values)]
-    if len(finite) and finite.min() > 0 and finite.max() >= 30 * finite.min():
+    if values.min() > 0 and values.max() > 20 * np.median(values):
         ax.set_yscale("log")
-    ax.set_title(name)
-    unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), None)
-    ax.set_ylabel(unit or "")
+    unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), "")
+    ax.set(title=name, ylabel=unit)
     ax.annotate(f"{values[-1]:.4g}", (1.0, 1.0), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
                 ha="right", va="bottom", fontsize=8, color=MUTED)
 

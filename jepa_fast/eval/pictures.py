@@ -1,10 +1,9 @@
-"""Pictures of features: patches in the colours of their principal components, and samples scattered over two of them."""
+"""Pictures of features by their principal components: patches as colours, samples as a scatter."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_features, check_labels
@@ -33,7 +32,7 @@ def pca_features(patch_features: Tensor, grid: tuple[int, int], images: Tensor, 
         rows.append((f"{name}\n{100 * fraction:.0f} % of\nthe variance", colours))
     num_columns = min(num_images, images.shape[0])
     tile_w, tile_h = 1.15, 1.15 * images.shape[2] / images.shape[3]   # inches
-    with drawing(out_png, 1.0 + num_columns * tile_w, 0.5 + len(rows) * tile_h) as figure:
+    with drawing(out_png, max(3.4, 1.0 + num_columns * tile_w), 0.5 + len(rows) * tile_h) as figure:
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
         axes = figure.subplots(len(rows), num_columns, squeeze=False)
         for row, (label, pictures) in enumerate(rows):
@@ -42,7 +41,7 @@ def pca_features(patch_features: Tensor, grid: tuple[int, int], images: Tensor, 
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
             axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", color=INK)
-        figure.suptitle("Patch features: principal components 1, 2, 3 as red, green, blue", x=0.01, ha="left")
+        figure.suptitle("Principal components of patches, as RGB", x=0.01, ha="left")
     return Path(out_png)
 
 
