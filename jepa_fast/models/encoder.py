@@ -59,7 +59,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, length, D), std=0.02))
         if config.class_token:
             self.cls_token = nn.Parameter(torch.randn(1, 1, D) * 1e-6)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         if config.num_outputs:
