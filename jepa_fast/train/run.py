@@ -8,11 +8,12 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from .. import recipes
-from ..eval.collapse import collapse_monitors
+from ..eval.collapse import collapse_monitors, feature_moments, monitors_of_moments
 from . import checkpoint
 from .distributed import World
 
@@ -75,12 +76,12 @@ class Run:
         raise NotFinite(f"{term} is not finite at step {step}; {last}")
 
     def log(self, step: int, epoch: float, losses: dict[str, Tensor], settings: dict[str, float]) -> None:
-        """Write and show one row; reads the device here and nowhere else."""
+        """Write and show one row: means over ranks, monitors of the global batch. Reads the device here and nowhere else."""
         self._read_bad()
         features = losses.pop("features", None)
-        values = {name: float(value) for name, value in losses.items()}
+        values = mean_over_ranks(losses, self.world)
         if features is not None:
-            values |= {name: float(value) for name, value in collapse_monitors(features).items()}
+            values |= {name: float(value) for name, value in monitors_over_ranks(features, self.world).items()}
         now = time.perf_counter()
         speed = (step - self._since_step) * self.recipe.train.batch_size / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
@@ -122,6 +123,22 @@ class Run:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def mean_over_ranks(losses: dict[str, Tensor], world: World) -> dict[str, float]:
+    if world.size > 1:
+        stacked = torch.stack([value.double() for value in losses.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(losses, (stacked / world.size).tolist(), strict=True))
+    return {name: float(value) for name, value in losses.items()}
+
+
+def monitors_over_ranks(features: Tensor, world: World) -> dict[str, Tensor]:
+    if world.size == 1:
+        return collapse_monitors(features)
+    moments = feature_moments(features)
+    dist.all_reduce(moments)
+    return monitors_of_moments(moments)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, str]]:
