@@ -12,54 +12,59 @@ from ._define import compiled, define
 from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 
-PIECE = 1 << 19  # projections held at a time: 2 MB, which stay in the cache from one pass to the next
+SLICES = 512      # at a time, and of those as many rows that
+PIECE = 1 << 17   # so many projections (0.5 MB) fall to a thread: they stay in its cache from pass to pass
+OFFICIAL = Quadrature.half_line(3.0, 17)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _sums_cpp(x, directions, row_mask, t_start, t_step, num_knots):
-    sums = x.new_zeros(x.shape[0], 2, num_knots, directions.shape[1], dtype=torch.float64)
-    for p, mask, groups, _, columns in _projections(x.float(), directions.float().contiguous(), row_mask):
-        torch.ops.jepa_fast_C.sigreg_add_sums(p, mask, t_start, t_step, sums[groups, :, :, columns])
-    return sums.float()
+    x, directions = x.float(), directions.float().contiguous()
+    parts = []
+    for some_directions in directions.split(SLICES, 1):
+        sums = x.new_zeros(x.shape[0], 2, num_knots, some_directions.shape[1], dtype=torch.float64)
+        for p, mask, groups, _ in _projections(x, some_directions, row_mask):
+            torch.ops.jepa_fast_C.sigreg_add_sums(p, mask, t_start, t_step, sums[groups])
+        parts.append(sums.float())
+    return torch.cat(parts, -1)
 
 
 def _sums_backward_cpp(grad_sums, x, directions, row_mask, t_start, t_step):
-    grad_sums, directions = grad_sums.contiguous(), directions.float().contiguous()
+    wide_x, directions, grad_sums = x.float(), directions.float().contiguous(), grad_sums.contiguous()
     grad_x = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     flat = grad_x.view(-1, x.shape[2])
-    for p, mask, groups, rows, columns in _projections(x.float(), directions, row_mask):
-        torch.ops.jepa_fast_C.sigreg_gradient_(p, mask, grad_sums[groups, :, :, columns], t_start, t_step)
-        flat[rows].addmm_(p.view(-1, p.shape[2]), directions[:, columns].T)
+    for some_directions, some_grads in zip(directions.split(SLICES, 1), grad_sums.split(SLICES, 3), strict=True):
+        for p, mask, groups, rows in _projections(wide_x, some_directions, row_mask):
+            torch.ops.jepa_fast_C.sigreg_gradient_(p, mask, some_grads[groups], t_start, t_step)
+            flat[rows].addmm_(p.flatten(0, 1), some_directions.T)
     return grad_x.to(x.dtype)
 
 
 def _projections(x: Tensor, directions: Tensor, row_mask: Tensor | None) -> Iterator[tuple]:
-    """x @ directions piece by piece, in memory that is used again: p [groups, rows, columns], its mask, where it lies."""
+    """x @ directions piece by piece, in memory used again and again: p [groups, rows, K], its mask, its place."""
     V, N, D = x.shape
+    K = directions.shape[1]
     x = x.detach().reshape(V * N, D).contiguous()
     mask = None if row_mask is None else row_mask.reshape(-1)
-    room = x.new_empty(min(PIECE, V * N * directions.shape[1]))
-    for groups, rows, columns in _pieces(V, N, directions.shape[1]):
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        p = torch.mm(x[rows], directions[:, columns], out=room[:height * width].view(height, width))
+    height = PIECE * torch.get_num_threads() // K // 64 * 64  # a multiple of the rows that are added up in float32
+    room = x.new_empty(min(height, V * N) * K)
+    for groups, rows in _pieces(V, N, height):
+        count = rows.stop - rows.start
         shape = (groups.stop - groups.start, -1)
-        yield p.view(*shape, width), None if mask is None else mask[rows].view(shape), groups, rows, columns
+        p = torch.mm(x[rows], directions, out=room[:count * K].view(count, K))
+        yield p.view(*shape, K), None if mask is None else mask[rows].view(shape), groups, rows
 
 
-def _pieces(V: int, N: int, K: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(groups, rows over V * N, columns): whole groups together, or parts of one; the same for any number of threads."""
-    width = min(K, max(256, PIECE // max(V * N, 1) // 16 * 16))
-    height = PIECE // width // 64 * 64  # a multiple of the rows that are added up in float32
-    for k in range(0, K, width):
-        columns = slice(k, min(k + width, K))
-        if N > height:
-            for v in range(V):
-                for n in range(0, N, height):
-                    yield slice(v, v + 1), slice(v * N + n, v * N + min(n + height, N)), columns
-        elif N > 0:
-            for v in range(0, V, height // N):
-                end = min(v + height // N, V)
-                yield slice(v, end), slice(v * N, end * N), columns
+def _pieces(V: int, N: int, height: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and rows, out of V and V * N: up to `height` rows, of whole groups or of one."""
+    if N > height:
+        for v in range(V):
+            for n in range(0, N, height):
+                yield slice(v, v + 1), slice(v * N + n, v * N + min(n + height, N))
+    elif N > 0:
+        for v in range(0, V, height // N):
+            end = min(v + height // N, V)
+            yield slice(v, end), slice(v * N, end * N)
 
 
 def _statistic_cpp(sums, count, phi, weights):
@@ -71,16 +76,17 @@ def _statistic_cpp(sums, count, phi, weights):
 
 def _statistic_backward_cpp(grad, sums, count, phi, weights):
     out = torch.empty_like(sums, memory_format=torch.contiguous_format)
+    grad, sums, count = grad.contiguous(), sums.contiguous(), count.contiguous()
     knots = torch.tensor([phi, weights], dtype=torch.float64)
-    torch.ops.jepa_fast_C.sigreg_statistic_backward(grad.contiguous(), sums.contiguous(), count.contiguous(), knots, out)
+    torch.ops.jepa_fast_C.sigreg_statistic_backward(grad, sums, count, knots, out)
     return out
 
 
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
        plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_cpp))
-define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step) "
-       "-> Tensor",
+define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
+       "float t_step) -> Tensor",
        plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_cpp))
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_cpp))
@@ -132,7 +138,7 @@ torch.library.register_autograd("jepa_fast::sigreg_sums", _sums_backward, setup_
 torch.library.register_autograd("jepa_fast::sigreg_statistic", _statistic_backward, setup_context=_save_statistic)
 
 
-def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadrature = Quadrature.half_line(3.0, 17),
+def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadrature = OFFICIAL,
            num_slices: int = 1024, seed: int = 0, step: int | Tensor | None = None, rng: str = "philox",
            row_mask: Tensor | None = None, group_dims: str = "leading", scale: str | float = "N_global",
            reduction: str | None = "mean", clip: float | None = None, process_group=None,
@@ -141,7 +147,7 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
 
     directions [D, K]: used as they are, no gradient; else `num_slices` are drawn from (seed, step), see `directions`.
     row_mask [..., N] bool: rows that count; the others get no gradient and may hold anything, NaN included.
-    group_dims: "leading": each of the leading dims (views, time steps) is a group of its own; "flatten": all rows are one.
+    group_dims: "leading": every index into the leading dims (views, time steps) is a group; "flatten": all are one.
     scale: factor of the statistic: "N" rows of the group on this rank, "N_global" on all ranks, "none" or a number.
     reduction: "mean" or "sum" over groups and slices, or None -> [..., K] ([K] for x [N, D] and for "flatten").
     clip: statistics below it count as 0 and pass no gradient.  A group without any row has statistic 0.
@@ -191,7 +197,7 @@ def _rows(x: Tensor, row_mask: Tensor | None, sums: Tensor) -> Tensor:
     return row_mask.sum(1).to(sums.dtype)
 
 
-def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync: bool) -> tuple[Tensor, ...]:
     """Sums and what to divide them by, over all ranks, and the rows of all ranks; one all-reduce."""
     has_rows = (rows > 0).to(rows.dtype)
     if weighting == "rank":  # means of the ranks, each with weight 1
