@@ -121,6 +121,7 @@ def _save_sums(ctx, inputs, output):
 
 
 def _sums_backward(ctx, grad):
+    _refuse_second_derivative()
     return torch.ops.jepa_fast.sigreg_sums_backward(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None, None
 
 
@@ -130,8 +131,14 @@ def _save_statistic(ctx, inputs, output):
 
 
 def _statistic_backward(ctx, grad):
+    _refuse_second_derivative()
     grad_sums = torch.ops.jepa_fast.sigreg_statistic_backward(grad, *ctx.saved_tensors, ctx.phi, ctx.weights)
     return grad_sums, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph: the graph would end here without a word
+        raise RuntimeError("sigreg cannot be differentiated twice")
 
 
 torch.library.register_autograd("jepa_fast::sigreg_sums", _sums_backward, setup_context=_save_sums)
@@ -164,11 +171,10 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
         if step is None:
             raise ValueError("sigreg needs directions, or step to draw them")
         directions = draw_directions(seed, step, x.shape[-1], num_slices, rng, x.device)
-    lead = () if group_dims == "flatten" else tuple(x.shape[:-2])
-    x, row_mask = _grouped(x, row_mask, lead)
+    lead, x, row_mask = to_groups(x, row_mask, group_dims)
     sums = torch.ops.jepa_fast.sigreg_sums(x, directions.to(reference.accumulation_dtype(x)), row_mask,
                                            quadrature.t_start, quadrature.t_step, quadrature.num_knots)
-    rows = _rows(x, row_mask, sums)
+    rows = count_rows(x, row_mask, sums.dtype)
     rows_global = count = rows
     if group is not None:
         sums, count, rows_global = _over_ranks(sums, rows, group, ddp_weighting, upstream_sync)
@@ -183,18 +189,18 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
     return statistic.mean() if reduction == "mean" else statistic.sum()
 
 
-def _grouped(x: Tensor, row_mask: Tensor | None, lead: tuple) -> tuple[Tensor, Tensor | None]:
-    """[V, N, D] and [V, N], V = 1 without leading dims."""
-    V = math.prod(lead)
-    N = x.shape[-2] if lead else math.prod(x.shape[:-1])
-    return x.reshape(V, N, x.shape[-1]), None if row_mask is None else row_mask.reshape(V, N)
+def to_groups(x: Tensor, row_mask: Tensor | None, group_dims: str) -> tuple[tuple, Tensor, Tensor | None]:
+    """The leading dims that are groups, and everything as [V, N, D] and [V, N]; V = 1 without such dims."""
+    lead = () if group_dims == "flatten" else tuple(x.shape[:-2])
+    V, N = math.prod(lead), math.prod(x.shape[len(lead):-1])
+    return lead, x.reshape(V, N, x.shape[-1]), None if row_mask is None else row_mask.reshape(V, N)
 
 
-def _rows(x: Tensor, row_mask: Tensor | None, sums: Tensor) -> Tensor:
-    """Rows of each group, [V] in the dtype of the sums: exact up to 2^24."""
+def count_rows(x: Tensor, row_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of each group, [V]; float32 is exact up to 2^24."""
     if row_mask is None:
-        return sums.new_full((x.shape[0],), x.shape[1])
-    return row_mask.sum(1).to(sums.dtype)
+        return x.new_full((x.shape[0],), x.shape[1], dtype=dtype)
+    return row_mask.sum(1).to(dtype)
 
 
 def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync: bool) -> tuple[Tensor, ...]:
@@ -209,22 +215,30 @@ def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync
 
 
 def _check(x, directions, row_mask, group_dims, scale, reduction, ddp_weighting) -> None:
+    check_rows(x, row_mask, group_dims)
+    check_choice("reduction", reduction, ("mean", "sum", None))
+    check_choice("ddp_weighting", ddp_weighting, ("rank", "sample"))
+    if isinstance(scale, str):
+        check_choice("scale", scale, ("N", "N_global", "none"))
+    if directions is None:
+        return
+    if directions.dim() != 2 or directions.shape[0] != x.shape[-1] or not directions.is_floating_point():
+        raise ValueError(f"directions must be floating point [D, K] with D = {x.shape[-1]}, "
+                         f"got {list(directions.shape)} {directions.dtype}")
+    if directions.requires_grad:
+        raise ValueError("directions are constants here and must not require a gradient; detach them")
+    if directions.device != x.device:
+        raise ValueError(f"directions must be on the device of x, {x.device}, got {directions.device}")
+
+
+def check_rows(x: Tensor, row_mask: Tensor | None, group_dims: str) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., N, D], got {list(x.shape)} {x.dtype}")
-    if directions is not None:
-        if directions.dim() != 2 or directions.shape[0] != x.shape[-1] or not directions.is_floating_point():
-            raise ValueError(f"directions must be floating point [D, K] with D = {x.shape[-1]}, "
-                             f"got {list(directions.shape)} {directions.dtype}")
-        if directions.requires_grad:
-            raise ValueError("directions are constants here and must not require a gradient; detach them")
-        if directions.device != x.device:
-            raise ValueError(f"directions must be on the device of x, {x.device}, got {directions.device}")
     if row_mask is not None and (row_mask.shape != x.shape[:-1] or row_mask.dtype != torch.bool):
         raise ValueError(f"row_mask must be {list(x.shape[:-1])} bool, got {list(row_mask.shape)} {row_mask.dtype}")
-    for name, value, allowed in (("group_dims", group_dims, ("leading", "flatten")),
-                                 ("reduction", reduction, ("mean", "sum", None)),
-                                 ("ddp_weighting", ddp_weighting, ("rank", "sample"))):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    if isinstance(scale, str) and scale not in ("N", "N_global", "none"):
-        raise ValueError(f"scale must be N, N_global, none or a number, got {scale!r}")
+    check_choice("group_dims", group_dims, ("leading", "flatten"))
+
+
+def check_choice(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

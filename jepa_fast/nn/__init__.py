@@ -1,0 +1,5 @@
+"""Modules over the ops; nothing here knows what a JEPA is."""
+
+from .sigreg import SIGReg
+
+__all__ = ["SIGReg"]
