@@ -8,8 +8,8 @@ from torch import Tensor
 def resolve_group(process_group) -> "dist.ProcessGroup | None":
     """The group to reduce over, None where this process is alone.
 
-    process_group: None (no communication), "auto" (all ranks where torch.distributed is initialised), "world" (all ranks;
-    an error where it is not initialised) or a ProcessGroup this rank belongs to.
+    process_group: None (no communication), "auto" (all ranks, where torch.distributed is initialised), "world" (all
+    ranks; an error where it is not initialised) or a ProcessGroup this rank belongs to.
     """
     if isinstance(process_group, str) and process_group not in ("auto", "world"):
         raise ValueError(f'process_group must be None, "auto", "world" or a ProcessGroup, got {process_group!r}')

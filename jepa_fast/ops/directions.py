@@ -30,10 +30,10 @@ def directions(seed: int, step: int | Tensor, dim: int, num_slices: int, rng: st
                device: torch.device | str | None = None) -> Tensor:
     """Random directions [dim, num_slices] float32, columns of norm 1; a function of (seed, step) alone.
 
-    rng "philox": counter-based; equal on every rank, device and thread count up to the last bits of sin, cos and log.
+    rng "philox": counter-based; equal on every rank, device and thread count, but for a last bit once in a million.
     `step` may be a 0-dim int64 tensor and is not read on the host. seed in [0, 2^63).
-    rng "torch": bit-equal to the official code, torch.randn of a generator seeded with `seed + step` (official: seed 0);
-    reads `step` on the host, and its numbers depend on the kind of device.
+    rng "torch": bit-equal to the official code, torch.randn of a generator seeded with `seed + step` (official: seed
+    0); reads `step` on the host, and its numbers depend on the kind of device.
     device: where an int `step` is put; a tensor stays where it is.
     """
     if rng not in RNGS:

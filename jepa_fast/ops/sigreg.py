@@ -12,54 +12,59 @@ from ._define import compiled, define
 from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 
-PIECE = 1 << 19  # projections held at a time: 2 MB, which stay in the cache from one pass to the next
+SLICES = 512      # at a time, and of those as many rows that
+PIECE = 1 << 17   # so many projections (0.5 MB) fall to a thread: they stay in its cache from pass to pass
+OFFICIAL = Quadrature.half_line(3.0, 17)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _sums_cpp(x, directions, row_mask, t_start, t_step, num_knots):
-    sums = x.new_zeros(x.shape[0], 2, num_knots, directions.shape[1], dtype=torch.float64)
-    for p, mask, groups, _, columns in _projections(x.float(), directions.float().contiguous(), row_mask):
-        torch.ops.jepa_fast_C.sigreg_add_sums(p, mask, t_start, t_step, sums[groups, :, :, columns])
-    return sums.float()
+    x, directions = x.float(), directions.float().contiguous()
+    parts = []
+    for some_directions in directions.split(SLICES, 1):
+        sums = x.new_zeros(x.shape[0], 2, num_knots, some_directions.shape[1], dtype=torch.float64)
+        for p, mask, groups, _ in _projections(x, some_directions, row_mask):
+            torch.ops.jepa_fast_C.sigreg_add_sums(p, mask, t_start, t_step, sums[groups])
+        parts.append(sums.float())
+    return torch.cat(parts, -1)
 
 
 def _sums_backward_cpp(grad_sums, x, directions, row_mask, t_start, t_step):
-    grad_sums, directions = grad_sums.contiguous(), directions.float().contiguous()
+    wide_x, directions, grad_sums = x.float(), directions.float().contiguous(), grad_sums.contiguous()
     grad_x = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     flat = grad_x.view(-1, x.shape[2])
-    for p, mask, groups, rows, columns in _projections(x.float(), directions, row_mask):
-        torch.ops.jepa_fast_C.sigreg_gradient_(p, mask, grad_sums[groups, :, :, columns], t_start, t_step)
-        flat[rows].addmm_(p.view(-1, p.shape[2]), directions[:, columns].T)
+    for some_directions, some_grads in zip(directions.split(SLICES, 1), grad_sums.split(SLICES, 3), strict=True):
+        for p, mask, groups, rows in _projections(wide_x, some_directions, row_mask):
+            torch.ops.jepa_fast_C.sigreg_gradient_(p, mask, some_grads[groups], t_start, t_step)
+            flat[rows].addmm_(p.flatten(0, 1), some_directions.T)
     return grad_x.to(x.dtype)
 
 
 def _projections(x: Tensor, directions: Tensor, row_mask: Tensor | None) -> Iterator[tuple]:
-    """x @ directions piece by piece, in memory that is used again: p [groups, rows, columns], its mask, where it lies."""
+    """x @ directions piece by piece, in memory used again and again: p [groups, rows, K], its mask, its place."""
     V, N, D = x.shape
+    K = directions.shape[1]
     x = x.detach().reshape(V * N, D).contiguous()
     mask = None if row_mask is None else row_mask.reshape(-1)
-    room = x.new_empty(min(PIECE, V * N * directions.shape[1]))
-    for groups, rows, columns in _pieces(V, N, directions.shape[1]):
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        p = torch.mm(x[rows], directions[:, columns], out=room[:height * width].view(height, width))
+    height = PIECE * torch.get_num_threads() // K // 64 * 64  # a multiple of the rows that are added up in float32
+    room = x.new_empty(min(height, V * N) * K)
+    for groups, rows in _pieces(V, N, height):
+        count = rows.stop - rows.start
         shape = (groups.stop - groups.start, -1)
-        yield p.view(*shape, width), None if mask is None else mask[rows].view(shape), groups, rows, columns
+        p = torch.mm(x[rows], directions, out=room[:count * K].view(count, K))
+        yield p.view(*shape, K), None if mask is None else mask[rows].view(shape), groups, rows
 
 
-def _pieces(V: int, N: int, K: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(groups, rows over V * N, columns): whole groups together, or parts of one; the same for any number of threads."""
-    width = min(K, max(256, PIECE // max(V * N, 1) // 16 * 16))
-    height = PIECE // width // 64 * 64  # a multiple of the rows that are added up in float32
-    for k in range(0, K, width):
-        columns = slice(k, min(k + width, K))
-        if N > height:
-            for v in range(V):
-                for n in range(0, N, height):
-                    yield slice(v, v + 1), slice(v * N + n, v * N + min(n + height, N)), columns
-        elif N > 0:
-            for v in range(0, V, height // N):
-                end = min(v + height // N, V)
-                yield slice(v, end), slice(v * N, end * N), columns
+def _pieces(V: int, N: int, height: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and rows, out of V and V * N: up to `height` rows, of whole groups or of one."""
+    if N > height:
+        for v in range(V):
+            for n in range(0, N, height):
+                yield slice(v, v + 1), slice(v * N + n, v * N + min(n + height, N))
+    elif N > 0:
+        for v in range(0, V, height // N):
+            end = min(v + height // N, V)
+            yield slice(v, end), slice(v * N, end * N)
 
 
 def _statistic_cpp(sums, count, phi, weights):
@@ -71,16 +76,17 @@ def _statistic_cpp(sums, count, phi, weights):
 
 def _statistic_backward_cpp(grad, sums, count, phi, weights):
     out = torch.empty_like(sums, memory_format=torch.contiguous_format)
+    grad, sums, count = grad.contiguous(), sums.contiguous(), count.contiguous()
     knots = torch.tensor([phi, weights], dtype=torch.float64)
-    torch.ops.jepa_fast_C.sigreg_statistic_backward(grad.contiguous(), sums.contiguous(), count.contiguous(), knots, out)
+    torch.ops.jepa_fast_C.sigreg_statistic_backward(grad, sums, count, knots, out)
     return out
 
 
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
        plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_cpp))
-define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step) "
-       "-> Tensor",
+define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
+       "float t_step) -> Tensor",
        plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_cpp))
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_cpp))
@@ -115,6 +121,7 @@ def _save_sums(ctx, inputs, output):
 
 
 def _sums_backward(ctx, grad):
+    _refuse_second_derivative()
     return torch.ops.jepa_fast.sigreg_sums_backward(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None, None
 
 
@@ -124,15 +131,21 @@ def _save_statistic(ctx, inputs, output):
 
 
 def _statistic_backward(ctx, grad):
+    _refuse_second_derivative()
     grad_sums = torch.ops.jepa_fast.sigreg_statistic_backward(grad, *ctx.saved_tensors, ctx.phi, ctx.weights)
     return grad_sums, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph: the graph would end here without a word
+        raise RuntimeError("sigreg cannot be differentiated twice")
 
 
 torch.library.register_autograd("jepa_fast::sigreg_sums", _sums_backward, setup_context=_save_sums)
 torch.library.register_autograd("jepa_fast::sigreg_statistic", _statistic_backward, setup_context=_save_statistic)
 
 
-def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadrature = Quadrature.half_line(3.0, 17),
+def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadrature = OFFICIAL,
            num_slices: int = 1024, seed: int = 0, step: int | Tensor | None = None, rng: str = "philox",
            row_mask: Tensor | None = None, group_dims: str = "leading", scale: str | float = "N_global",
            reduction: str | None = "mean", clip: float | None = None, process_group=None,
@@ -141,7 +154,7 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
 
     directions [D, K]: used as they are, no gradient; else `num_slices` are drawn from (seed, step), see `directions`.
     row_mask [..., N] bool: rows that count; the others get no gradient and may hold anything, NaN included.
-    group_dims: "leading": each of the leading dims (views, time steps) is a group of its own; "flatten": all rows are one.
+    group_dims: "leading": every index into the leading dims (views, time steps) is a group; "flatten": all are one.
     scale: factor of the statistic: "N" rows of the group on this rank, "N_global" on all ranks, "none" or a number.
     reduction: "mean" or "sum" over groups and slices, or None -> [..., K] ([K] for x [N, D] and for "flatten").
     clip: statistics below it count as 0 and pass no gradient.  A group without any row has statistic 0.
@@ -158,11 +171,10 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
         if step is None:
             raise ValueError("sigreg needs directions, or step to draw them")
         directions = draw_directions(seed, step, x.shape[-1], num_slices, rng, x.device)
-    lead = () if group_dims == "flatten" else tuple(x.shape[:-2])
-    x, row_mask = _grouped(x, row_mask, lead)
+    lead, x, row_mask = to_groups(x, row_mask, group_dims)
     sums = torch.ops.jepa_fast.sigreg_sums(x, directions.to(reference.accumulation_dtype(x)), row_mask,
                                            quadrature.t_start, quadrature.t_step, quadrature.num_knots)
-    rows = _rows(x, row_mask, sums)
+    rows = count_rows(x, row_mask, sums.dtype)
     rows_global = count = rows
     if group is not None:
         sums, count, rows_global = _over_ranks(sums, rows, group, ddp_weighting, upstream_sync)
@@ -177,21 +189,21 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
     return statistic.mean() if reduction == "mean" else statistic.sum()
 
 
-def _grouped(x: Tensor, row_mask: Tensor | None, lead: tuple) -> tuple[Tensor, Tensor | None]:
-    """[V, N, D] and [V, N], V = 1 without leading dims."""
-    V = math.prod(lead)
-    N = x.shape[-2] if lead else math.prod(x.shape[:-1])
-    return x.reshape(V, N, x.shape[-1]), None if row_mask is None else row_mask.reshape(V, N)
+def to_groups(x: Tensor, row_mask: Tensor | None, group_dims: str) -> tuple[tuple, Tensor, Tensor | None]:
+    """The leading dims that are groups, and everything as [V, N, D] and [V, N]; V = 1 without such dims."""
+    lead = () if group_dims == "flatten" else tuple(x.shape[:-2])
+    V, N = math.prod(lead), math.prod(x.shape[len(lead):-1])
+    return lead, x.reshape(V, N, x.shape[-1]), None if row_mask is None else row_mask.reshape(V, N)
 
 
-def _rows(x: Tensor, row_mask: Tensor | None, sums: Tensor) -> Tensor:
-    """Rows of each group, [V] in the dtype of the sums: exact up to 2^24."""
+def count_rows(x: Tensor, row_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of each group, [V]; float32 is exact up to 2^24."""
     if row_mask is None:
-        return sums.new_full((x.shape[0],), x.shape[1])
-    return row_mask.sum(1).to(sums.dtype)
+        return x.new_full((x.shape[0],), x.shape[1], dtype=dtype)
+    return row_mask.sum(1).to(dtype)
 
 
-def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync: bool) -> tuple[Tensor, ...]:
     """Sums and what to divide them by, over all ranks, and the rows of all ranks; one all-reduce."""
     has_rows = (rows > 0).to(rows.dtype)
     if weighting == "rank":  # means of the ranks, each with weight 1
@@ -203,22 +215,30 @@ def _over_ranks(sums: Tensor, rows: Tensor, group, weighting: str, upstream_sync
 
 
 def _check(x, directions, row_mask, group_dims, scale, reduction, ddp_weighting) -> None:
+    check_rows(x, row_mask, group_dims)
+    check_choice("reduction", reduction, ("mean", "sum", None))
+    check_choice("ddp_weighting", ddp_weighting, ("rank", "sample"))
+    if isinstance(scale, str):
+        check_choice("scale", scale, ("N", "N_global", "none"))
+    if directions is None:
+        return
+    if directions.dim() != 2 or directions.shape[0] != x.shape[-1] or not directions.is_floating_point():
+        raise ValueError(f"directions must be floating point [D, K] with D = {x.shape[-1]}, "
+                         f"got {list(directions.shape)} {directions.dtype}")
+    if directions.requires_grad:
+        raise ValueError("directions are constants here and must not require a gradient; detach them")
+    if directions.device != x.device:
+        raise ValueError(f"directions must be on the device of x, {x.device}, got {directions.device}")
+
+
+def check_rows(x: Tensor, row_mask: Tensor | None, group_dims: str) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., N, D], got {list(x.shape)} {x.dtype}")
-    if directions is not None:
-        if directions.dim() != 2 or directions.shape[0] != x.shape[-1] or not directions.is_floating_point():
-            raise ValueError(f"directions must be floating point [D, K] with D = {x.shape[-1]}, "
-                             f"got {list(directions.shape)} {directions.dtype}")
-        if directions.requires_grad:
-            raise ValueError("directions are constants here and must not require a gradient; detach them")
-        if directions.device != x.device:
-            raise ValueError(f"directions must be on the device of x, {x.device}, got {directions.device}")
     if row_mask is not None and (row_mask.shape != x.shape[:-1] or row_mask.dtype != torch.bool):
         raise ValueError(f"row_mask must be {list(x.shape[:-1])} bool, got {list(row_mask.shape)} {row_mask.dtype}")
-    for name, value, allowed in (("group_dims", group_dims, ("leading", "flatten")),
-                                 ("reduction", reduction, ("mean", "sum", None)),
-                                 ("ddp_weighting", ddp_weighting, ("rank", "sample"))):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    if isinstance(scale, str) and scale not in ("N", "N_global", "none"):
-        raise ValueError(f"scale must be N, N_global, none or a number, got {scale!r}")
+    check_choice("group_dims", group_dims, ("leading", "flatten"))
+
+
+def check_choice(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

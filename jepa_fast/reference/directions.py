@@ -48,13 +48,14 @@ def philox(block: Tensor, seed: int, step: Tensor) -> tuple[Tensor, Tensor, Tens
     key = [zero + (seed & _WORD), zero + (step & _WORD)]
     for _ in range(10):
         a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]  # 64 bits, wrapping
-        counter = [(b >> 32) & _WORD ^ counter[1] ^ key[0], b & _WORD, (a >> 32) & _WORD ^ counter[3] ^ key[1], a & _WORD]
+        counter = [((b >> 32) & _WORD) ^ counter[1] ^ key[0], b & _WORD,
+                   ((a >> 32) & _WORD) ^ counter[3] ^ key[1], a & _WORD]
         key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
     return counter[0], counter[1], counter[2], counter[3]
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words -> two independent normals, float64; the top 23 bits of each, centred in their interval, so never 0 or 1."""
+    """Two words -> two independent normals, float64. Their top 23 bits, centred in the interval: never 0 or 1."""
     u, v = ((word >> 9).double() * 2**-23 + 2**-24 for word in (a, b))
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
     return radius * angle.cos(), radius * angle.sin()

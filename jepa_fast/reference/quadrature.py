@@ -35,7 +35,7 @@ class Quadrature:
 
     @classmethod
     def trapezoid(cls, t_min: float, t_max: float, num_knots: int) -> "Quadrature":
-        """Trapezoid rule with num_knots on [t_min, t_max], times exp(-t^2 / 2); t_min = -t_max, or 0 < t_min < t_max."""
+        """Trapezoid rule, num_knots on [t_min, t_max], times exp(-t^2 / 2); t_min = -t_max, or 0 < t_min < t_max."""
         symmetric = t_min == -t_max
         _check(num_knots, t_max > 0 and (symmetric or 0 < t_min < t_max), t_min, t_max)
         step = (t_max - t_min) / (num_knots - 1)

@@ -5,9 +5,9 @@ For a group of N rows x, a direction a and knots t_j, with p = x a:
     C_j = 1/N sum over n of cos(t_j p_n)      S_j = 1/N sum over n of sin(t_j p_n)
     statistic = sum over j of weights_j ((C_j - phi_j)^2 + S_j^2)
 
-the Epps-Pulley distance between the empirical characteristic function and phi = exp(-t^2 / 2). Two ops: the raw sums, which
-is where the work is and which data parallelism adds up, and the statistic of the sums. x [V, N, D], directions [D, K],
-sums [V, 2, J, K] with cos first, count [V] rows behind each sum. Half precision is computed in float32.
+the Epps-Pulley distance between the empirical characteristic function and phi = exp(-t^2 / 2). Two ops: the raw sums,
+which is where the work is and which data parallelism adds up, and the statistic of the sums. x [V, N, D], directions
+[D, K], sums [V, 2, J, K] with cos first, count [V] rows behind each sum. Half precision is computed in float32.
 """
 
 import torch

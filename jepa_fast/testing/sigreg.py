@@ -68,7 +68,7 @@ SPECS = [OpSpec(
         _case("tokens-65536", (), 65536, 8, 16),
     ],
     random_case=_random,
-    # the statistic is a sum of squared differences C - phi: roundings of C grow in it, by chance not always those of plain
+    # a sum of squared differences C - phi: the roundings of C grow in it, ours and those of plain not always alike
     floor=4.0,
     bench=[
         _case("lejepa-8x256x128-1024", (8,), 256, 128, 1024, reduction="mean"),
