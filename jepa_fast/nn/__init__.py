@@ -1,0 +1,1 @@
+"""Modules over ops; nothing here knows what a JEPA is."""
