@@ -56,6 +56,12 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
         "Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "
         "Tensor mean, Tensor rstd, float beta, Tensor(a!) out) -> ()");
+  m.def("sigreg_add_sums(Tensor p, Tensor? row_mask, float t_start, float t_step, Tensor(a!) sums) -> ()");
+  m.def("sigreg_gradient_(Tensor(a!) p, Tensor? row_mask, Tensor grad_sums, float t_start, float t_step) -> ()");
+  m.def("sigreg_statistic(Tensor sums, Tensor count, Tensor knots, Tensor(a!) out) -> ()");
+  m.def("sigreg_statistic_backward(Tensor grad, Tensor sums, Tensor count, Tensor knots, Tensor(a!) out) -> ()");
+  m.def("directions(Tensor step, int seed, Tensor(a!) out) -> ()");
+  m.def("philox_words(Tensor step, int seed, int first, Tensor(a!) words) -> ()");
   m.def("bias_gelu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) grad_bias) -> ()");
 }

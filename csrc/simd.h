@@ -197,4 +197,26 @@ inline void transpose(Vec* rows) {
 #endif
 }
 
+inline Vec round_nearest(Vec v) {  // to whole numbers, ties to even; exact below 2^22 everywhere
+#if defined(__AVX512F__)
+  return _mm512_maskz_roundscale_ps(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec shift = broadcast(12582912.f);  // 1.5 * 2^23: no room left for a fraction
+  return (v + shift) - shift;
+#endif
+}
+
+inline Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 }  // namespace jepa_fast::CPU_CAPABILITY

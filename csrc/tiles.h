@@ -111,7 +111,7 @@ void copy_transposed(const T* src, int64_t stride, int64_t n, int64_t d, float f
   }
 }
 
-// float32 rows -> rows of T times a factor, one per row or (step 0) one for all
+// float32 rows `width` apart -> n rows of d numbers, times factor[i * step]
 template <typename T>
 void write_rows(const float* src, int64_t width, int64_t n, int64_t d, const float* factor, int64_t step, T* dst,
                 int64_t stride) {
@@ -121,26 +121,6 @@ void write_rows(const float* src, int64_t width, int64_t n, int64_t d, const flo
     for (; c + kLanes <= d; c += kLanes) store(dst + c, load(src + c) * f);
     if (c < d && d > kLanes) store(dst + d - kLanes, load(src + d - kLanes) * f);
     else if (c < d) store_partial(dst + c, load(src + c) * f, int(d - c));
-  }
-}
-
-// d float32 rows of n numbers, `width` apart -> n rows of d numbers, times a factor per new row or (step 0) one for all
-template <typename T>
-void write_transposed(const float* src, int64_t width, int64_t n, int64_t d, const float* factor, int64_t step, T* dst,
-                      int64_t stride) {
-  Vec block[kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec f = step ? load(factor + i) : broadcast(*factor);
-    for (int64_t next = 0; next < d; next += kLanes) {
-      const int64_t c = d < kLanes ? 0 : std::min(next, d - kLanes);
-      for (int64_t r = 0; r < kLanes; ++r) block[r] = c + r < d ? load(src + (c + r) * width + i) * f : Vec{};
-      transpose(block);
-      for (int64_t r = 0; r < std::min<int64_t>(kLanes, n - i); ++r) {
-        T* row = dst + (i + r) * stride + c;
-        if (d < kLanes) store_partial(row, block[r], int(d));
-        else store(row, block[r]);
-      }
-    }
   }
 }
 

@@ -19,7 +19,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
-train also takes --run DIR (where to write; default runs/NAME), --resume (go on from the last checkpoint there),
+train also takes --run-dir DIR (where to write; default runs/NAME), --resume (go on from the last checkpoint there),
 --eval (probe the encoder at the end) and --help after a recipe's name for all of its fields. --debug anywhere shows tracebacks."""
 
 
@@ -77,7 +77,7 @@ def train(argv: list[str]) -> None:
     folder = arguments.run or (arguments.source.parent if arguments.source and arguments.resume
                                else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
     if not arguments.resume and (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run")
+        raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
     warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
     say_if_plain()
     run = run_training(recipe, folder, resume=arguments.resume)
@@ -89,7 +89,7 @@ def train(argv: list[str]) -> None:
 
 def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:
     """Take RECIPE, --from, --run, --resume and --eval out; the rest is for the recipe's fields."""
-    values: dict[str, str | None] = {"--from": None, "--run": None}
+    values: dict[str, str | None] = {"--from": None, "--run-dir": None}
     flags: dict[str, bool] = {"--resume": False, "--eval": False}
     rest, name = [], None
     i = 0
@@ -107,7 +107,7 @@ def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:
             rest.append(argv[i])
         i += 1
     paths = {key: pathlib.Path(value) if value else None for key, value in values.items()}
-    return TrainArguments(name, paths["--from"], paths["--run"], flags["--resume"], flags["--eval"]), rest
+    return TrainArguments(name, paths["--from"], paths["--run-dir"], flags["--resume"], flags["--eval"]), rest
 
 
 def chosen_recipe(arguments: TrainArguments):
@@ -131,7 +131,7 @@ def fresh_folder(root: pathlib.Path, name: str, resume: bool) -> pathlib.Path:
     existing = [folder for folder in taken[:1000] if folder.exists()]
     if resume:
         if not existing:
-            raise UserError(f"nothing to resume: no {root / name}; pass --run DIR")
+            raise UserError(f"nothing to resume: no {root / name}; pass --run-dir DIR")
         return existing[-1]
     return next(folder for folder in taken if not folder.exists())
 

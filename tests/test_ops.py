@@ -47,7 +47,7 @@ def assert_rule(spec, ours, plain, exact):
     if spec.copies:
         for name in ours:
             torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=0, equal_nan=True, msg=name)
-    testing.assert_within_error_rule(ours, plain, exact)
+    testing.assert_within_error_rule(ours, plain, exact, spec.floor)
 
 
 def guarded(value):

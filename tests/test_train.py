@@ -126,7 +126,7 @@ def test_two_ranks_equal_one(name, tmp_path):
                  and (i == 0 or small[i - 1] != "--objective.encoder.depth")]
         small += ["--objective.encoder.width", "8"]
     for ranks in (1, 2):
-        done = launch(["train", name, "--run", str(tmp_path / str(ranks)), *small], ranks)
+        done = launch(["train", name, "--run-dir", str(tmp_path / str(ranks)), *small], ranks)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = losses_of(tmp_path / "1"), losses_of(tmp_path / "2")
     assert len(one) == 3
@@ -203,7 +203,7 @@ def test_pickles_are_not_executed(tmp_path):
 
 
 def kill_at_random(folder: pathlib.Path, small: list[str], rng: random.Random) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "jepa_fast.cli", "train", "ijepa_mnist", "--run", str(folder),
+    process = subprocess.Popen([sys.executable, "-m", "jepa_fast.cli", "train", "ijepa_mnist", "--run-dir", str(folder),
                                 *(["--resume"] if (folder / "checkpoints/last.pt").exists() else []), *small],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -228,7 +228,7 @@ def test_100_random_kills_lose_nothing(tmp_path):
     assert step > 0
     rest = small[:-4] + ["--train.max-steps", str(step + 20), *small[-2:]]
     for name, resume in (("killed", ["--resume"]), ("whole", [])):
-        done = launch(["train", "ijepa_mnist", "--run", str(tmp_path / name), *resume, *rest])
+        done = launch(["train", "ijepa_mnist", "--run-dir", str(tmp_path / name), *resume, *rest])
         assert done.returncode == 0, done.stderr[-2000:]
     assert_equal_states(state_of(tmp_path / "killed"), state_of(tmp_path / "whole"))
 

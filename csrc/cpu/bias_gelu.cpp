@@ -25,7 +25,7 @@ int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrainElements / s
 inline Vec bell_of(Vec t) {  // exp(-t^2 / 2) for t in [0, kFarthest], 0 far below 2^-126
   constexpr float kHalfLog2e = 0.721347511f;
   const Vec square = t * t;
-  Vec n = (square * -kHalfLog2e + kRounder) - kRounder;
+  Vec n = round_nearest(square * -kHalfLog2e);
   const Vec f = fma(square, broadcast(-kHalfLog2e), -n);  // in [-1/2, 1/2]
   Vec p = broadcast(1.53533616e-4f);                      // 2^f, minimax, exact at 0
   for (float c : {1.33988745e-3f, 9.61843736e-3f, 5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f, 1.f})

@@ -59,7 +59,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, length, D), std=0.02))
         if config.class_token:
             self.cls_token = nn.Parameter(torch.randn(1, 1, D) * 1e-6)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(D, config.num_heads, config.mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         if config.num_outputs:
@@ -93,6 +93,10 @@ class VisionTransformer(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features [B, num_features]: the class token, or the mean of the tokens, then the head."""
         return self.pool(self(images))
+
+    def patch_features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens [B, N, D] without the class token, and their grid (rows, columns)."""
+        return self(images)[:, int(self.config.class_token):], self.patch_embed.grid(images)
 
     def pool(self, tokens: Tensor) -> Tensor:
         pooled = tokens[:, 0] if self.config.class_token else tokens.mean(1)

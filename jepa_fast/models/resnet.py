@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.batch_norm import GlobalBatchNorm
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
@@ -16,6 +18,7 @@ class ResNetConfig:
     width: int = 64                              # channels of the first stage, doubled by each further one
     bottleneck: bool = False
     stem: Literal["imagenet", "small"] = "imagenet"  # small: one 3x3 convolution, no pooling, for images up to 64 pixels
+    small_stride: int = 1                        # of the small stem
     num_outputs: int = 0                         # Linear head on the pooled feature; 0: none
 
     @property
@@ -29,7 +32,7 @@ class ResNetConfig:
 def conv_norm(in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(out_chans))
+    return nn.Sequential(conv, GlobalBatchNorm(out_chans))
 
 
 class ResidualBlock(nn.Module):
@@ -59,7 +62,7 @@ class ResNet(nn.Module):
             self.stem = nn.Sequential(conv_norm(config.in_chans, config.width, 7, 2), nn.ReLU(),
                                       nn.MaxPool2d(3, 2, padding=1))
         else:
-            self.stem = nn.Sequential(conv_norm(config.in_chans, config.width, 3), nn.ReLU())
+            self.stem = nn.Sequential(conv_norm(config.in_chans, config.width, 3, config.small_stride), nn.ReLU())
         blocks, in_chans = [], config.width
         for stage, depth in enumerate(config.depths):
             width = config.width * 2**stage
@@ -69,10 +72,22 @@ class ResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         if config.num_outputs:
             self.head = nn.Linear(in_chans, config.num_outputs)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, H, W] -> tokens [B, N, D]: the positions of the last feature map, row-major."""
+        images = images.contiguous(memory_format=torch.channels_last)
         return self.blocks(self.stem(images)).flatten(2).transpose(1, 2)
+
+    def patch_features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, N, D] and its grid (rows, columns): the deepest map with at least 7 rows, or the first one."""
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        chosen = None
+        for block in self.blocks:
+            x = block(x)
+            if chosen is None or x.shape[-2] >= 7:
+                chosen = x
+        return chosen.flatten(2).transpose(1, 2), tuple(chosen.shape[-2:])
 
     def views(self, views: list[Tensor]) -> list[Tensor]:
         """Views of any sizes -> pooled features [B_v, num_features] each; views of one size run as one batch."""

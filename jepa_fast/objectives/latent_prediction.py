@@ -33,6 +33,7 @@ class LatentPredictionConfig:
 class LatentPrediction(nn.Module):
     def __init__(self, config: LatentPredictionConfig):
         super().__init__()
+        config.masking.check_grid(config.encoder.grid)
         self.config = config
         self.encoder: VisionTransformer = config.encoder.build()
         self.predictor = Predictor(config.predictor, config.encoder.embed_dim, config.encoder.num_heads,

@@ -13,7 +13,19 @@ from ..models.encoder import VisionTransformerConfig
 from ..models.resnet import ResNetConfig
 from ..nn.block import at_least_float32
 from ..nn.projector import Projector
-from ..nn.sigreg import SIGReg, SIGRegConfig
+from ..nn.sigreg import SIGReg
+from ..ops import Quadrature
+
+
+@dataclass(frozen=True, kw_only=True)
+class SIGRegConfig:
+    num_slices: int = 1024   # random directions per step
+    t_max: float = 3.0       # the characteristic function is compared on [-t_max, t_max]
+    num_knots: int = 17      # at so many points of [0, t_max]
+
+    def __post_init__(self):
+        if self.num_knots < 2 or self.num_slices < 1 or not self.t_max > 0:
+            raise ValueError(f"num_knots must be at least 2, num_slices at least 1 and t_max above 0, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +50,9 @@ class LeJEPA(nn.Module):
         self.config = config
         self.encoder = config.encoder.build()
         self.projector = Projector(config.encoder.num_features, config.projector)
-        self.sigreg = SIGReg(config.sigreg)
+        # counter-based directions: the same on every rank and device, and nothing for the host to read
+        self.sigreg = SIGReg.from_preset("official", num_slices=config.sigreg.num_slices, rng="philox",
+                                         quadrature=Quadrature.half_line(config.sigreg.t_max, config.sigreg.num_knots))
 
     def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
         return batch

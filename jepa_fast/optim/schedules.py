@@ -48,9 +48,10 @@ class WarmupCosine:
     peak: float
     final: float
     warmup_epochs: float
+    first_count: int = 1  # the official counter in the first step; 0: as PyTorch's LinearLR, then CosineAnnealingLR
 
     def __call__(self, step: int, horizon: Horizon) -> float:
-        count, warmup = step + 1, horizon.steps(self.warmup_epochs)
+        count, warmup = step + self.first_count, horizon.steps(self.warmup_epochs)
         if count < warmup:
             return _warm_up(self.start, self.peak, count, warmup)
         progress = (count - warmup) / max(1, horizon.total_steps - warmup)

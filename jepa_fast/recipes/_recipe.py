@@ -13,7 +13,7 @@ import yaml
 from ..data import ImageFolderData, MnistData, SyntheticData
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
-from ..optim.schedules import Constant, Cosine, Horizon, WarmupCosine
+from ..optim.schedules import Constant, Cosine, WarmupCosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,6 @@ class Recipe:
     data: ImageFolderData | MnistData | SyntheticData
     optim: OptimConfig
     train: TrainConfig
-
-    def horizon(self, num_samples: int) -> Horizon:
-        return Horizon(num_samples // self.train.batch_size, self.train.epochs, self.train.schedule_scale)
 
 
 def save(recipe: Recipe, path: pathlib.Path) -> None:

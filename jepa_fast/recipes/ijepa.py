@@ -4,7 +4,7 @@ Global batches are the official ones (2,048: 16 GPUs x 128 for ViT-H/14). The of
 smallest of the images on one GPU, so that number is a hyper-parameter of its own here: `masking.mask_group_size`.
 """
 
-from ..data import ImageFolderData, MnistData
+from ..data import ImageFolderData, MnistData, TensorAugment
 from ..data.transforms import IjepaTransform
 from ..masking import MultiBlock
 from ..models.encoder import VisionTransformerConfig
@@ -93,7 +93,7 @@ def ijepa_mnist() -> Recipe:
             masking=MultiBlock(num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0), min_keep=4,
                                mask_group_size=128),
             momentum=Linear(start=0.99, final=1.0)),
-        data=MnistData(),
+        data=MnistData(transform=TensorAugment(num_global=1, global_scale=(0.5, 1.0), rotation=0.0, shear=0.0)),
         optim=OptimConfig(lr=WarmupCosine(start=2e-4, peak=1e-3, final=1e-6, warmup_epochs=4),
                           weight_decay=Cosine(start=0.04, final=0.4)),
         train=TrainConfig(batch_size=256, epochs=40, precision="fp32", log_every=5))

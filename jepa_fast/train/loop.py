@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import load_batches
+from ..data import load_batches, steps_per_epoch
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from . import distributed
@@ -22,7 +22,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     """
     config, world = recipe.train, distributed.start(recipe.train.device)
     dataset = recipe.data.build()
-    horizon = recipe.horizon(len(dataset))
+    horizon = Horizon(steps_per_epoch(dataset, config.batch_size), config.epochs, config.schedule_scale)
     batch_size = local_batch_size(recipe, world.size)
     torch.manual_seed(config.seed)
     objective = recipe.objective.build().to(world.device)

@@ -3,15 +3,17 @@
 import csv
 import math
 import pathlib
+import sys
 import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from .. import recipes
-from ..eval.collapse import collapse_monitors
+from ..eval.collapse import collapse_monitors, feature_moments, monitors_of_moments
 from . import checkpoint
 from .distributed import World
 
@@ -45,7 +47,9 @@ class Run:
             if int(row["step"]) <= step:
                 self._append(row)
         self._writers = open_writers(self.recipe, self.folder)
-        self._bar = tqdm(total=num_steps, initial=step, unit="step", desc=self.recipe.name, dynamic_ncols=True)
+        # a log file wants a line now and then, a terminal a moving bar
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", desc=self.recipe.name, dynamic_ncols=True,
+                         mininterval=0.2 if sys.stderr.isatty() else 15.0)
 
     def check(self, step: int, losses: dict[str, Tensor]) -> None:
         """Stop where a term is not finite. On a GPU the first bad step is noted there and read at the next `log`."""
@@ -72,12 +76,12 @@ class Run:
         raise NotFinite(f"{term} is not finite at step {step}; {last}")
 
     def log(self, step: int, epoch: float, losses: dict[str, Tensor], settings: dict[str, float]) -> None:
-        """Write and show one row; reads the device here and nowhere else."""
+        """Write and show one row: means over ranks, monitors of the global batch. Reads the device here and nowhere else."""
         self._read_bad()
         features = losses.pop("features", None)
-        values = {name: float(value) for name, value in losses.items()}
+        values = mean_over_ranks(losses, self.world)
         if features is not None:
-            values |= {name: float(value) for name, value in collapse_monitors(features).items()}
+            values |= {name: float(value) for name, value in monitors_over_ranks(features, self.world).items()}
         now = time.perf_counter()
         speed = (step - self._since_step) * self.recipe.train.batch_size / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
@@ -87,7 +91,7 @@ class Run:
         self._append(row)
         for write in self._writers:
             write(step, row)
-        self._bar.set_postfix(loss=f"{values['loss']:.4f}", **{"img/s": f"{speed:.0f}"})
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", **{"img/s": f"{speed:.0f}"}, refresh=False)
 
     def tick(self, step: int) -> None:
         if self._bar is not None:
@@ -119,6 +123,22 @@ class Run:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def mean_over_ranks(losses: dict[str, Tensor], world: World) -> dict[str, float]:
+    if world.size > 1:
+        stacked = torch.stack([value.double() for value in losses.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(losses, (stacked / world.size).tolist(), strict=True))
+    return {name: float(value) for name, value in losses.items()}
+
+
+def monitors_over_ranks(features: Tensor, world: World) -> dict[str, Tensor]:
+    if world.size == 1:
+        return collapse_monitors(features)
+    moments = feature_moments(features)
+    dist.all_reduce(moments)
+    return monitors_of_moments(moments)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, str]]:

@@ -1,0 +1,67 @@
+"""The SIGReg loss with its directions and its step counter, and the settings of every public variant."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Quadrature, sigreg
+
+# what each source computes; where a source draws directions from the global generator, which cannot be repeated, ours
+# are counter-based. x [..., N, D] as the source passes it on: views first, LeWM time first.
+PRESETS: dict[str, dict] = {
+    # rbalestr-lab/lejepa: EppsPulley, SlicingUnivariateTest
+    "official": dict(quadrature=Quadrature.half_line(3.0, 17), num_slices=1024, rng="torch", process_group="auto",
+                     ddp_weighting="rank"),
+    # rbalestr-lab/lejepa, MINIMAL.md
+    "minimal": dict(quadrature=Quadrature.half_line(3.0, 17), num_slices=256, scale="N"),
+    # lucas-maes/le-wm and stable-worldmodel
+    "lewm": dict(quadrature=Quadrature.half_line(3.0, 17), num_slices=1024, scale="N"),
+    # the LeWM paper's appendix, as its forks read it
+    "lewm_paper": dict(quadrature=Quadrature.trapezoid(0.2, 4.0, 17), num_slices=1024, scale="none"),
+    # LeJEPA paper (arXiv:2511.08544), algorithm 1
+    "paper": dict(quadrature=Quadrature.trapezoid(-5.0, 5.0, 17), num_slices=256, rng="torch", process_group="auto",
+                  ddp_weighting="rank"),
+    # facebookresearch/eb_jepa, BCS: x is its two inputs, stacked
+    "bcs": dict(quadrature=Quadrature.trapezoid(-3.0, 3.0, 10), num_slices=256, scale="none", rng="torch",
+                process_group="auto", ddp_weighting="rank"),
+    # rbalestr-lab/stable-pretraining, with the all-reduce that it computes and throws away
+    "stable_pretraining": dict(quadrature=Quadrature.half_line(3.0, 17), num_slices=1024, rng="torch",
+                               group_dims="flatten", process_group="auto", ddp_weighting="rank"),
+    # lightly.loss.SIGReg; process_group="auto" is its gather_distributed=True
+    "lightly": dict(quadrature=Quadrature.half_line(3.0, 17), num_slices=1024),
+}
+
+
+class SIGReg(nn.Module):
+    """SIGReg with directions drawn anew in every step, from (seed, global_step).
+
+    `options` are the keyword arguments of `ops.sigreg`. `global_step`, an int64 buffer named as in the official
+    state-dict, moves on by one with every forward pass in training mode (officially in evaluation too) and is not read
+    on the host, but for rng="torch". A resumed run goes on with the directions it would have drawn; ranks that start
+    from one checkpoint have the same ones (officially a MAX over the ranks in every step). Gradients to x only.
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        unknown = options.keys() & {"directions", "row_mask", "step"} | options.keys() - sigreg.__kwdefaults__.keys()
+        if unknown:
+            raise ValueError(f"SIGReg does not take {', '.join(sorted(unknown))}; "
+                             f"it takes {', '.join(k for k in sigreg.__kwdefaults__ if k not in ('row_mask', 'step'))}")
+        self.options = options
+        self.register_buffer("global_step", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_preset(cls, name: str, **options) -> "SIGReg":
+        """A variant by the name of its source; `options` override the preset's."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name] | options)
+
+    def forward(self, x: Tensor, row_mask: Tensor | None = None, directions: Tensor | None = None) -> Tensor:
+        """x [..., N, D] -> scalar float32, or [..., K] for reduction None. `directions` [D, K] replace drawn ones."""
+        loss = sigreg(x, directions, step=self.global_step, row_mask=row_mask, **self.options)
+        if self.training:
+            self.global_step += 1
+        return loss
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options.items() if key != "quadrature")
