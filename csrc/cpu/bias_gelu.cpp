@@ -38,11 +38,11 @@ inline Vec bell_of(Vec t) {  // exp(-t^2 / 2) for t in [0, kFarthest], 0 far bel
 
 inline Vec ratio_of(Vec t) {  // R(t) for t in [0, kFarthest]
   const Vec v = (t - 1.f) / (t + 3.f);
-  Vec p = broadcast(0.00202506153f);
-  for (float c : {-0.0031405562f, -0.005509806f, 0.00513168002f, 0.0280103775f, -0.0153880978f, -0.167504899f,
-                  0.44425892f, -0.549455989f, 0.26157829f})
-    p = fma(p, v, broadcast(c));
-  return p;
+  const Vec v2 = v * v;
+  Vec odd = broadcast(0.00202506153f), even = broadcast(-0.0031405562f);  // two chains are shorter than one
+  for (float c : {-0.005509806f, 0.0280103775f, -0.167504899f, -0.549455989f}) odd = fma(odd, v2, broadcast(c));
+  for (float c : {0.00513168002f, -0.0153880978f, 0.44425892f, 0.26157829f}) even = fma(even, v2, broadcast(c));
+  return fma(odd, v, even);
 }
 
 inline Vec magnitude(Vec z) { return (Vec)((UVec)z & 0x7fffffff); }
