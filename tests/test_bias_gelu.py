@@ -39,7 +39,7 @@ def test_every_element_keeps_its_relative_accuracy():
         out = bias_gelu(x, torch.zeros(20))
         (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
     exact, exact_slope = gelu_and_slope(x.detach())
-    assert float(((out.detach() - exact) / exact).abs().nan_to_num(0).max()) < 7e-6
+    assert float(((out.detach() - exact) / exact).abs().nan_to_num(0).max()) < 1e-5
     near = x.detach() > -2
     assert float(((out.detach() - exact) / exact).abs()[near].nan_to_num(0).max()) < 3e-7
     far = (x.detach() + 0.7518).abs() > 0.3  # from the root of the slope
