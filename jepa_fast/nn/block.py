@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import varlen_attention_qkv
+from ..ops import bias_gelu, varlen_attention_qkv
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
 
 
 class Block(nn.Module):
