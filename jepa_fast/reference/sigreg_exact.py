@@ -184,7 +184,8 @@ def sphere_rule(dim: int) -> tuple[Tensor, Tensor]:
 def _cutoff(dim: int) -> float:
     """Psi_D(r) stays below SMALLEST from here on."""
     order = dim / 2 - 1
-    normal = math.sqrt(-2 * dim * math.log(SMALLEST))  # |Psi| <= exp(-r^2 / 2D) up to the first zero, beyond `order`
+    # |Psi| <= exp(-r^2 / 2D) up to the first zero, which lies beyond `order`
+    normal = math.sqrt(-2 * dim * math.log(SMALLEST))
     if normal < order:
         return normal
     # the amplitude of the Bessel function decays as r^(-1/2)
