@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -85,6 +86,93 @@ inline float sum(Vec v) {
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
   total = v[0];
   return total;
+}
+
+// 2^x and exp(x): relative error at most 1.2e-7, 0 far below 2^-126, infinity above the range; NaN stays NaN
+inline Vec exp2_of_fraction(Vec f) {  // 2^f for f in [0, 1): minimax, exact at 0
+  Vec p = broadcast(2.16129153e-4f);
+  for (float c : {1.24678463e-3f, 9.67545158e-3f, 5.54852806e-2f, 2.40229306e-1f, 6.93147044e-1f, 1.f})
+    p = fma(p, f, broadcast(c));
+  return p;
+}
+constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+inline Vec floor(Vec x) {  // for |x| < 2^22
+#if defined(__AVX512F__)
+  return _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_floor_ps(x);
+#else
+  const Vec nearest = (x + kRounder) - kRounder;
+  return nearest - (Vec)((IVec)(nearest > x) & (IVec)broadcast(1.f));
+#endif
+}
+inline Vec times_power_of_2(Vec x, Vec n) {  // x * 2^n for whole n in [-127, 128]; these ends give 0 and infinity
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, x, n);
+#else
+  return x * (Vec)((IVec)(n + (kRounder + 127.f)) << 23);
+#endif
+}
+inline Vec min(Vec a, Vec b) {  // b where either is NaN
+  const IVec is_less = a < b;
+  return (Vec)(((IVec)a & is_less) | ((IVec)b & ~is_less));
+}
+inline Vec max(Vec a, Vec b) {  // b where either is NaN
+  const IVec is_more = a > b;
+  return (Vec)(((IVec)a & is_more) | ((IVec)b & ~is_more));
+}
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+  return times_power_of_2(exp2_of_fraction(f), x);  // takes the floor of x itself
+#else
+  x = min(broadcast(128.f), max(broadcast(-127.f), x));
+  const Vec n = floor(x);
+  return times_power_of_2(exp2_of_fraction(x - n), n);
+#endif
+}
+inline Vec exp(Vec x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  x = min(broadcast(89.f), max(broadcast(-150.f), x));
+  Vec n = floor(x * kLog2e);
+#if !defined(__AVX512F__)
+  n = max(broadcast(-127.f), n);
+#endif
+  const Vec rest = fma(n, broadcast(-kLn2Low), fma(n, broadcast(-kLn2High), x));  // exp(x) = 2^n exp(rest)
+  return times_power_of_2(exp2_of_fraction(rest * kLog2e), n);
+}
+
+// log2(x) for normal positive x: relative error at most 2.3e-7; NaN stays NaN
+inline Vec log2(Vec x) {
+  const IVec n = ((IVec)x - 0x3f3504f3) >> 23;       // x = 2^n m with m in [sqrt(1/2), sqrt(2))
+  const Vec m = (Vec)((IVec)x - (n << 23)), t = (m - 1.f) / (m + 1.f), t2 = t * t;
+  Vec p = broadcast(2.f / 9);                          // log(m) = 2 atanh(t)
+  for (float c : {2.f / 7, 2.f / 5, 2.f / 3, 2.f}) p = fma(p, t2, broadcast(c));
+  return fma(p * t, broadcast(1.44269504f), __builtin_convertvector(n, Vec)) + (x - x);
+}
+
+// rows of a square block become columns
+template <int kStep>
+inline void transpose_step(Vec* rows) {
+  IVec low, high;  // lanes kStep apart change places between rows kStep apart
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & kStep ? kLanes + i - kStep : i;
+    high[i] = i & kStep ? kLanes + i : i + kStep;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Vec a = rows[i], b = rows[i + kStep];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kStep] = __builtin_shuffle(a, b, high);
+  }
+}
+inline void transpose(Vec* rows) {
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  transpose_step<4>(rows);
+#if defined(__AVX512F__)
+  transpose_step<8>(rows);
+#endif
 }
 
 inline Vec round_nearest(Vec v) {  // to whole numbers, ties to even; exact below 2^22 everywhere

@@ -1,4 +1,4 @@
-"""Modules over the ops; nothing here knows what a JEPA is."""
+"""Modules over ops; nothing here knows what a JEPA is."""
 
 from .sigreg import SIGReg
 

@@ -1,11 +1,17 @@
 """The ops: one public function each, checked once, differentiable, one node for torch.compile."""
 
-from ..reference.quadrature import Quadrature
 from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, info, use_backend, why_not
+from .adamw_ema import adamw_ema_
 from .directions import directions
+from .ema_update import ema_update_
+from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens, scatter_tokens
+from .latent_loss import latent_loss
+from .sigreg import Quadrature, sigreg
 from .sigreg import sigreg
 from .sigreg_exact import sigreg_exact
+from .varlen_attention import varlen_attention, varlen_attention_qkv
 
-__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "Quadrature", "TABLE", "directions", "gather_tokens", "info",
-           "scatter_tokens", "sigreg", "sigreg_exact", "use_backend", "why_not"]
+__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "directions", "ema_update_",
+           "gather_patches", "gather_tokens", "info", "latent_loss", "scatter_patches", "scatter_tokens", "sigreg",
+           "sigreg_exact", "use_backend", "varlen_attention", "varlen_attention_qkv", "why_not"]

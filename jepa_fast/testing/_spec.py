@@ -40,7 +40,7 @@ class OpSpec:
     gradients: tuple[str, ...] = ()           # arguments that get a gradient
     mutates: tuple[str, ...] = ()             # arguments that the function changes in place
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    keep_dtype: tuple[str, ...] = ()          # arguments that stay float32 (master weights, optimizer state)
+    keep_dtype: tuple[str, ...] = ()          # arguments that stay as made (master weights, optimizer state, shadows)
     copies: bool = False                      # results must be bit-equal to plain, not only within the error rule
     floor: float = 1.0                        # errors below so many roundings count as none; more for differences
     bench: list[Case] = field(default_factory=list)
@@ -59,14 +59,14 @@ def make(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") -> d
     """The arguments of a case in a dtype; the same numbers every time."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     arguments = case.make(generator)
-    return {name: cast(value, torch.float32 if name in spec.keep_dtype else dtype, device)
+    return {name: cast(value, None if name in spec.keep_dtype else dtype, device)
             for name, value in arguments.items()}
 
 
-def cast(value, dtype: torch.dtype, device: str = "cpu"):
-    """Floating tensors, alone or in a list, in another dtype; always a copy. Everything else as it is."""
+def cast(value, dtype: torch.dtype | None, device: str = "cpu"):
+    """Floating tensors, alone or in a list, in another dtype (None: in theirs); always a copy. Else as it is."""
     if isinstance(value, Tensor):
-        return value.detach().clone().to(device, dtype if value.is_floating_point() else value.dtype)
+        return value.detach().clone().to(device, dtype if dtype and value.is_floating_point() else value.dtype)
     if isinstance(value, list):
         return [cast(item, dtype, device) for item in value]
     return value
@@ -119,9 +119,10 @@ def error(value: Tensor, exact: Tensor) -> float:
     """||value - exact|| / ||exact||, both in float64; infinite where either is not finite and the other is."""
     if not torch.equal(value.isfinite(), exact.isfinite()):
         return float("inf")
+    value, exact = value.detach(), exact.detach()
     difference = torch.nan_to_num(value.double() - exact.double()).norm()
     scale = torch.nan_to_num(exact.double(), posinf=0.0, neginf=0.0).norm()
-    return float(difference / scale) if scale > 0 else float(difference)
+    return float(difference / scale if scale > 0 else difference)
 
 
 def assert_within_error_rule(ours: dict, plain: dict, exact: dict, roundings: float = 1.0) -> None:

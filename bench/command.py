@@ -1,0 +1,66 @@
+"""`jepa-fast bench ops | step`: measure, print, and keep the rows with device, versions and commit."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from jepa_fast.eval.page import Table
+
+from .measure import provenance
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    what: Annotated[Literal["ops", "step"], tyro.conf.Positional]
+    repeats: int = 7                       # rounds over all providers
+    only: str = ""                         # benches whose name contains this
+    batch_size: int = 16                   # of `step`
+    image_size: int = 224                  # of `step`
+    precision: Literal["fp32", "bf16"] = "fp32"  # of `step`
+    out: pathlib.Path | None = None        # also write the rows as JSON here
+
+
+def main(argv: list[str]) -> None:
+    arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
+    rows = ops_rows(arguments) if arguments.what == "ops" else step_rows(arguments)
+    where = provenance()
+    print(table(rows, f"{arguments.what} · {where['device']} · torch {where['torch']} · commit {where['commit']}"))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"provenance": where, "rows": rows}, indent=1) + "\n")
+        print(f"rows: {arguments.out}")
+
+
+def ops_rows(arguments: Arguments) -> list[dict]:
+    from .ops import all_benches, measure
+
+    torch.manual_seed(0)
+    rows = []
+    for make in all_benches():
+        bench = make()
+        if arguments.only in bench.name:
+            rows += measure(bench, arguments.repeats)
+    return rows
+
+
+def step_rows(arguments: Arguments) -> list[dict]:
+    from .train_step import bench_step, config_vits16
+
+    return bench_step(arguments.batch_size, arguments.repeats, arguments.precision,
+                      config=config_vits16(arguments.image_size))
+
+
+def table(rows: list[dict], title: str) -> Table:
+    def cell(row, key, form):
+        return format(row[key], form) if row.get(key) is not None else ""
+
+    body = [[row["bench"], row["case"], row["provider"], cell(row, "ms", ".3f"),
+             f"{cell(row, 'p20_ms', '.3f')} – {cell(row, 'p80_ms', '.3f')}", cell(row, "ratio", ".2f"),
+             cell(row, "gb_per_s", ".1f"), cell(row, "peak_mb", ".1f")] for row in rows]
+    return Table(title, ["bench", "case", "provider", "ms", "p20 – p80", "× faster", "GB/s", "peak MB"], body)

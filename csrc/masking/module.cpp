@@ -1,0 +1,90 @@
+// jepa_fast._masking: the mask samplers for Python. NumPy int64 arrays come out; the GIL is free while they are drawn.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "multiblock.h"
+
+namespace py = pybind11;
+namespace masking = jepa_fast::masking;
+
+namespace {
+
+py::array_t<int64_t> to_array(std::unique_ptr<int64_t[]> data, std::vector<py::ssize_t> shape) {
+  int64_t* pointer = data.release();
+  py::capsule owner(pointer, [](void* p) { delete[] static_cast<int64_t*>(p); });
+  return py::array_t<int64_t>(std::move(shape), pointer, owner);
+}
+
+// (context_idx [P_c], context_lengths [E, B], target_idx [P_t], target_lengths [M, B])
+py::tuple to_tuple(masking::Masks masks, int64_t batch_size) {
+  masking::Lists &c = masks.contexts, &t = masks.targets;
+  return py::make_tuple(to_array(std::move(c.idx), {c.num_tokens}),
+                        to_array(std::move(c.lengths), {c.num_lists, batch_size}),
+                        to_array(std::move(t.idx), {t.num_tokens}),
+                        to_array(std::move(t.lengths), {t.num_lists, batch_size}));
+}
+
+template <typename Sample>
+py::tuple without_gil(int64_t batch_size, Sample sample) {
+  masking::Masks masks;
+  {
+    py::gil_scoped_release release;
+    masks = sample();
+  }
+  return to_tuple(std::move(masks), batch_size);
+}
+
+py::tuple next_official(const masking::Settings& settings, masking::TorchGenerator& positions, uint64_t counter,
+                        int64_t batch_size) {
+  // a copy, so that two Python threads never write to one generator
+  masking::TorchGenerator running = positions;
+  py::tuple masks = without_gil(
+      batch_size, [&] { return masking::next_official(settings, running, counter, batch_size); });
+  positions = running;
+  return masks;
+}
+
+py::tuple sample_official(const masking::Settings& settings, int64_t mask_group_size, uint64_t seed, uint32_t step,
+                          int64_t first_sample, int64_t batch_size) {
+  return without_gil(batch_size, [&] {
+    return masking::sample_official(settings, mask_group_size, seed, step, first_sample, batch_size);
+  });
+}
+
+py::tuple sample_unbiased(const masking::Settings& settings, uint64_t seed, uint32_t step, int64_t first_sample,
+                          int64_t batch_size) {
+  return without_gil(
+      batch_size, [&] { return masking::sample_unbiased(settings, seed, step, first_sample, batch_size); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_masking, m) {
+  m.doc() = "Mask samplers in C++; jepa_fast.masking is the public side.";
+
+  py::class_<masking::TorchGenerator>(m, "PositionStream")
+      .def(py::init<uint64_t, uint64_t>(), py::arg("seed"), py::arg("draws") = 0)
+      .def("integer", &masking::TorchGenerator::integer, py::arg("n"))
+      .def("uniform", &masking::TorchGenerator::uniform)
+      .def_property_readonly("draws", &masking::TorchGenerator::draws);
+
+  py::class_<masking::Settings>(m, "Settings")
+      .def(py::init([](int64_t rows, int64_t columns, int64_t num_targets, int64_t num_contexts,
+                       masking::Range target_scale, masking::Range context_scale, masking::Range aspect_ratio,
+                       int64_t min_keep, bool allow_overlap) {
+             return masking::Settings{rows, columns, num_targets, num_contexts, target_scale, context_scale,
+                                      aspect_ratio, min_keep, allow_overlap};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("num_targets"), py::arg("num_contexts"),
+           py::arg("target_scale"), py::arg("context_scale"), py::arg("aspect_ratio"), py::arg("min_keep"),
+           py::arg("allow_overlap"));
+
+  m.def("philox", &masking::philox, py::arg("counter"), py::arg("seed"));
+  m.def("next_official", &next_official, py::arg("settings"), py::arg("positions"), py::arg("counter"),
+        py::arg("batch_size"));
+  m.def("sample_official", &sample_official, py::arg("settings"), py::arg("mask_group_size"), py::arg("seed"),
+        py::arg("step"), py::arg("first_sample"), py::arg("batch_size"));
+  m.def("sample_unbiased", &sample_unbiased, py::arg("settings"), py::arg("seed"), py::arg("step"),
+        py::arg("first_sample"), py::arg("batch_size"));
+}

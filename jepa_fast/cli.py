@@ -1,0 +1,197 @@
+"""jepa-fast: train · eval · bench · info · recipes."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+USAGE = """usage: jepa-fast COMMAND ...
+
+  train RECIPE [--field.subfield VALUE ...]   train a recipe; own images: --data.root FOLDER
+  train --from RUN/recipe.yaml [...]          the recipe of an earlier run, perhaps with changes
+  eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
+  bench ops | step                            ratios against plain PyTorch, measured in one run
+  info [--all]                                devices, versions, and which code each op would run
+  recipes                                     the recipes, one line each
+
+train also takes --run-dir DIR (where to write; default runs/NAME), --resume (go on from the last checkpoint there),
+--eval (probe the encoder at the end) and --help after a recipe's name for all of its fields. --debug anywhere shows tracebacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """What `train` takes besides the recipe's fields."""
+
+    recipe: str | None
+    source: pathlib.Path | None
+    run: pathlib.Path | None
+    resume: bool
+    eval: bool
+
+
+class UserError(Exception):
+    """A mistake on the command line; the message is all there is to say."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [arg for arg in argv if arg != "--debug"]
+    commands = {"train": train, "eval": evaluate, "bench": bench, "info": info, "recipes": list_recipes}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in commands:
+            raise UserError(f"unknown command {argv[0]!r}; one of {', '.join(commands)}")
+        commands[argv[0]](argv[1:])
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    # what a user or a machine did wrong, in one line; anything else is ours and keeps its traceback
+    except (UserError, ValueError, OSError, ImportError, RuntimeError) as error:
+        if debug:
+            raise
+        print(f"jepa-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    finally:
+        with contextlib.suppress(ImportError):
+            from .train import distributed
+
+            distributed.stop()
+
+
+def train(argv: list[str]) -> None:
+    arguments, rest = split_train_arguments(argv)
+    from . import recipes
+    from .train.loop import train as run_training
+
+    recipe = chosen_recipe(arguments)
+    recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast train {recipe.name}", default=recipe,
+                      args=rest, description=recipe.summary)
+    folder = arguments.run or (arguments.source.parent if arguments.source and arguments.resume
+                               else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
+    if not arguments.resume and (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
+    say_if_plain()
+    run = run_training(recipe, folder, resume=arguments.resume)
+    if run.world.is_main and arguments.eval:
+        evaluate([str(folder)])
+    elif run.world.is_main:
+        print(f"run folder: {folder}  (next: jepa-fast eval {folder})")
+
+
+def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:
+    """Take RECIPE, --from, --run, --resume and --eval out; the rest is for the recipe's fields."""
+    values: dict[str, str | None] = {"--from": None, "--run-dir": None}
+    flags: dict[str, bool] = {"--resume": False, "--eval": False}
+    rest, name = [], None
+    i = 0
+    while i < len(argv):
+        arg, _, given = argv[i].partition("=")
+        if arg in values:
+            if not given and i + 1 >= len(argv):
+                raise UserError(f"{arg} needs a value")
+            values[arg] = given or argv[i := i + 1]
+        elif arg in flags:
+            flags[arg] = True
+        elif name is None and not rest and not arg.startswith("-"):
+            name = arg
+        else:
+            rest.append(argv[i])
+        i += 1
+    paths = {key: pathlib.Path(value) if value else None for key, value in values.items()}
+    return TrainArguments(name, paths["--from"], paths["--run-dir"], flags["--resume"], flags["--eval"]), rest
+
+
+def chosen_recipe(arguments: TrainArguments):
+    from . import recipes
+
+    source = arguments.source
+    if source is None and arguments.recipe is None and arguments.resume and arguments.run:
+        source = arguments.run / "recipe.yaml"
+    if (source is None) == (arguments.recipe is None):
+        raise UserError("name a recipe or pass --from RUN/recipe.yaml (jepa-fast recipes lists them)")
+    if source is None:
+        return recipes.get_recipe(arguments.recipe)
+    if not source.is_file():
+        raise UserError(f"no recipe file at {source}")
+    return recipes.load(source)
+
+
+def fresh_folder(root: pathlib.Path, name: str, resume: bool) -> pathlib.Path:
+    """runs/NAME, or runs/NAME-2, ... where that is taken; with `resume` the newest that exists."""
+    taken = [root / name, *(root / f"{name}-{i}" for i in range(2, 10_000))]
+    existing = [folder for folder in taken[:1000] if folder.exists()]
+    if resume:
+        if not existing:
+            raise UserError(f"nothing to resume: no {root / name}; pass --run-dir DIR")
+        return existing[-1]
+    return next(folder for folder in taken if not folder.exists())
+
+
+def evaluate(argv: list[str]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        run: Annotated[pathlib.Path, tyro.conf.Positional]  # the run folder
+
+    arguments = tyro.cli(Arguments, prog="jepa-fast eval", args=argv)
+    from .eval.run import evaluate_run
+
+    table, page = evaluate_run(arguments.run)
+    print(table)
+    print(f"page: {page}")
+
+
+def bench(argv: list[str]) -> None:
+    try:
+        from bench.command import main as run_bench
+    except ImportError as error:
+        raise UserError(f"the benches are in the repository's bench/ folder: run this from a checkout ({error})") from error
+    run_bench(argv)
+
+
+def info(argv: list[str]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        all: bool = False  # also why the other backends are not chosen
+
+    arguments = tyro.cli(Arguments, prog="jepa-fast info", args=argv)
+    from .info import report
+
+    print(report(arguments.all))
+
+
+def list_recipes(argv: list[str]) -> None:
+    from . import recipes
+
+    for name, make in sorted(recipes.all_recipes().items()):
+        recipe = make()
+        millions = count_parameters(recipe) / 1e6
+        print(f"{name:22s} {millions:7.1f} M  {recipe.paper:18s} {recipe.summary}")
+
+
+def count_parameters(recipe) -> int:
+    """Trainable parameters, counted without allocating them."""
+    import torch
+
+    with torch.device("meta"):
+        objective = recipe.objective.build()
+    return sum(p.numel() for p in objective.parameters() if p.requires_grad)
+
+
+def say_if_plain() -> None:
+    from .ops import COMPILED_MISSING
+
+    if COMPILED_MISSING:
+        print(f"jepa-fast: running on plain PyTorch: {COMPILED_MISSING}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

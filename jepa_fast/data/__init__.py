@@ -1,0 +1,12 @@
+"""Batches: data sets of images, their random views, and the loader."""
+
+from .images import BadFile, ImageFolder, ImageFolderData
+from .loader import BadFiles, load_batches, load_in_order, steps_per_epoch
+from .mnist import Mnist, MnistData
+from .synthetic import SyntheticData, SyntheticImages
+from .tensor_augment import TensorAugment
+from .transforms import AsIs, EvalTransform, IjepaTransform, MultiCrop, lejepa_minimal_views
+
+__all__ = ["AsIs", "BadFile", "BadFiles", "EvalTransform", "IjepaTransform", "ImageFolder", "ImageFolderData", "Mnist",
+           "MnistData", "MultiCrop", "SyntheticData", "SyntheticImages", "TensorAugment", "lejepa_minimal_views",
+           "load_batches", "load_in_order", "steps_per_epoch"]

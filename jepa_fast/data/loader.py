@@ -1,0 +1,219 @@
+"""The batches of a run, as a function of (seed, step): the same for any number of workers and ranks, from any step on.
+
+    {"images": float32 [B, C, H, W], or a list with one such tensor per view where there are several,
+     "labels": int64 [B] (-1: none),  "index": int64 [B] on the CPU: the image's place in the data set,
+     "bad_files": messages for files first found unreadable in this batch,  "num_bad_files": so far}
+
+Each epoch is a permutation drawn from (seed, epoch), cut into whole batches of `global_batch_size`; the rest is
+dropped. Rank r gets the r-th of `world_size` equal slices of a batch. The views of an image depend on (seed, epoch,
+place in the data set, view) alone; those of a TensorAugment on (seed, step, row of the global batch).
+
+An unreadable file is replaced by the next readable one, in the order of the data set, so that batches keep their size.
+Each rank judges the files that it has seen: see `BadFiles`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .images import BadFile
+from .pixels import normalise, to_uint8
+from .seeds import generator_for, mix_seed
+from .tensor_augment import TensorAugment
+from .transforms import Transform
+
+Batch = dict[str, Any]
+
+
+def load_batches(dataset, transform: Transform | TensorAugment, *, global_batch_size: int, seed: int = 0,
+                 start_step: int = 0, num_steps: int | None = None, rank: int = 0, world_size: int = 1,
+                 num_workers: int = 0, device: torch.device | str = "cpu", is_normalised: bool = True,
+                 max_bad_fraction: float = 0.01) -> Iterator[Batch]:
+    """Training batches of one rank for the steps from `start_step` to `num_steps` (None: endless).
+
+    is_normalised = False leaves out mean and std: uint8, or float32 in [0, 1] after a TensorAugment.
+    Raises ValueError at once for arguments that do not fit together, and on the way for too many unreadable files.
+    """
+    num_epoch_steps = steps_per_epoch(dataset, global_batch_size)
+    if world_size < 1 or global_batch_size % world_size:
+        raise ValueError("global_batch_size must be a multiple of world_size, got "
+                         f"{global_batch_size} and {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    if start_step < 0:
+        raise ValueError(f"start_step must be at least 0, got {start_step}")
+    B = global_batch_size // world_size
+    rows = _TrainingRows(len(dataset), seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
+    finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
+    loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
+    return _finished(loader, finish, start_step, rank * B, global_batch_size)
+
+
+def load_in_order(dataset, transform: Transform | TensorAugment, *, batch_size: int, seed: int = 0,
+                  num_workers: int = 0, device: torch.device | str = "cpu", is_normalised: bool = True,
+                  max_bad_fraction: float = 0.01) -> Iterator[Batch]:
+    """Every image once, in the order of the data set, the last batch shorter: for probes and pictures."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    rows = ([(0, index) for index in range(start, min(start + batch_size, len(dataset)))]
+            for start in range(0, len(dataset), batch_size))
+    finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
+    loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
+    return _finished(loader, finish, 0, 0, None)
+
+
+def steps_per_epoch(dataset, global_batch_size: int) -> int:
+    """Whole batches in the data set; ValueError where there is not even one."""
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
+    if len(dataset) < global_batch_size:
+        raise ValueError(f"the data set must hold at least one global batch: {len(dataset)} images < "
+                         f"global_batch_size = {global_batch_size}")
+    return len(dataset) // global_batch_size
+
+
+class BadFiles:
+    """Counts unreadable files and stops the run when they are too many.
+
+    One is always allowed; beyond that, at most `max_fraction` of the distinct files seen. In the first 1,000 files (or
+    all, if there are fewer) the fraction is taken of 1,000, so that chance early in a run does not decide.
+    """
+
+    def __init__(self, num_files: int, max_fraction: float):
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_fraction}")
+        self.max_fraction, self.num_seen = max_fraction, 0
+        self.messages: dict[int, str] = {}
+        self._is_seen = torch.zeros(num_files, dtype=torch.bool)
+
+    def add(self, seen: Tensor, bad: list[tuple[int, str]]) -> list[str]:
+        """Record one batch, warn of each new unreadable file; their messages."""
+        new = {index: message for index, message in bad if index not in self.messages}
+        self.messages |= new
+        seen = torch.cat([seen, torch.tensor(list(new), dtype=torch.int64)]).unique()
+        self.num_seen += int((~self._is_seen[seen]).sum())
+        self._is_seen[seen] = True
+        for message in new.values():
+            warnings.warn(f"skipped an unreadable file: {message}", RuntimeWarning, stacklevel=4)
+        reference = max(self.num_seen, min(len(self._is_seen), 1000))
+        if len(self.messages) > max(1, self.max_fraction * reference):
+            raise ValueError(self.summary())
+        return list(new.values())
+
+    def summary(self) -> str:
+        first = "; ".join(list(self.messages.values())[:3])
+        return (f"{len(self.messages)} of {self.num_seen} files seen are not readable images, more than the allowed "
+                f"{self.max_fraction:.3g} of them; the first: {first}")
+
+
+class _TrainingRows:
+    """For each step the (epoch, index) of one rank's rows; a batch sampler for DataLoader."""
+
+    def __init__(self, num_images: int, seed: int, num_epoch_steps: int, global_batch_size: int, first: int, B: int,
+                 start_step: int, num_steps: int | None):
+        self.num_images, self.seed, self.num_epoch_steps = num_images, seed, num_epoch_steps
+        self.global_batch_size, self.first, self.B = global_batch_size, first, B
+        self.start_step, self.num_steps = start_step, num_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step, order_epoch, order = self.start_step, -1, None
+        while self.num_steps is None or step < self.num_steps:
+            epoch, row = divmod(step, self.num_epoch_steps)
+            if epoch != order_epoch:
+                order, order_epoch = torch.randperm(self.num_images, generator=generator_for(self.seed, epoch)), epoch
+            start = row * self.global_batch_size + self.first
+            yield [(epoch, index) for index in order[start:start + self.B].tolist()]
+            step += 1
+
+
+class _Samples:
+    """(epoch, index) -> views of that image, or of the next readable one; what a worker process runs."""
+
+    def __init__(self, dataset, transform: Transform | TensorAugment, seed: int, max_bad_fraction: float):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        # one search that meets more unreadable files than this has settled the matter
+        self.max_bad = max(1, max_bad_fraction * len(dataset))
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, int, int, list[tuple[int, str]]]:
+        epoch, index = key
+        bad = []
+        for place in range(index, index + len(self.dataset)):
+            place %= len(self.dataset)
+            try:
+                image = self.dataset.image(place)
+            except BadFile as error:
+                bad.append((place, str(error)))
+                if len(bad) > self.max_bad:
+                    break
+                continue
+            return self._views(image, epoch, index), int(self.dataset.labels[place]), place, bad
+        return None, -1, index, bad
+
+    def _views(self, image, epoch: int, index: int) -> list[Tensor]:
+        if isinstance(self.transform, TensorAugment):
+            return [to_uint8(image)]
+        generator, views = torch.Generator(), []
+        for view in range(self.transform.num_views):
+            generator.manual_seed(mix_seed(self.seed, epoch, index, view))
+            views.append(self.transform(image, generator, view))
+        return views
+
+
+def _collate(samples: list) -> Batch:
+    """Samples -> {"views", "labels", "index", "bad"}; what is wrong travels as "error": workers add tracebacks."""
+    views, labels, index, bad = zip(*samples, strict=True)
+    batch = {"views": None, "labels": torch.tensor(labels), "index": torch.tensor(index), "bad": sum(bad, [])}
+    if any(sample is None for sample in views):
+        return batch
+    sizes = sorted({tuple(sample[0].shape) for sample in views})
+    if len(sizes) > 1:
+        return batch | {"error": f"the images of a batch must have one size, got {sizes[0]} and {sizes[-1]}: choose a "
+                                 "transform that crops"}
+    return batch | {"views": [torch.stack(view) for view in zip(*views, strict=True)]}
+
+
+def _loader(dataset, transform, seed: int, rows, num_workers: int, device, max_bad_fraction: float) -> DataLoader:
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    # one pass for the whole run, so workers outlive epochs; a generator, or DataLoader draws from the global one
+    return DataLoader(_Samples(dataset, transform, seed, max_bad_fraction), batch_sampler=rows, collate_fn=_collate,
+                      num_workers=num_workers, generator=torch.Generator(),
+                      pin_memory=torch.device(device).type == "cuda")
+
+
+def _finished(loader: DataLoader, finish: "_Finish", start_step: int, first: int, total: int | None) -> Iterator[Batch]:
+    # no variable holds the loader's iterator: kept alive by a traceback, each of its workers takes 5 s to end
+    for n, batch in enumerate(loader):
+        yield finish(batch, start_step + n, first, total or len(batch["index"]))
+
+
+class _Finish:
+    """What follows the workers: judge unreadable files, move to the device, augment whole batches, normalise."""
+
+    def __init__(self, dataset, transform, seed: int, device, is_normalised: bool, max_bad_fraction: float):
+        self.transform, self.seed, self.device = transform, seed, torch.device(device)
+        self.bad_files = BadFiles(len(dataset), max_bad_fraction)
+        self.is_normalised = is_normalised
+        for name in ("mean", "std"):
+            if is_normalised and len(getattr(transform, name)) != dataset.in_chans:
+                raise ValueError(f"transform.{name} must have one number per channel, got {getattr(transform, name)} "
+                                 f"for in_chans = {dataset.in_chans}")
+        self.mean, self.std = (torch.tensor(values, device=self.device)[:, None, None]
+                               for values in (transform.mean, transform.std))
+
+    def __call__(self, batch: Batch, step: int, first: int, total: int) -> Batch:
+        new = self.bad_files.add(batch["index"], batch["bad"])
+        if batch["views"] is None:
+            raise ValueError(batch.get("error") or self.bad_files.summary())
+        views = [view.to(self.device, non_blocking=True) for view in batch["views"]]
+        if isinstance(self.transform, TensorAugment):
+            views = self.transform(views[0], self.seed, step, first, total)
+        if self.is_normalised:
+            views = [normalise(view, self.mean, self.std) for view in views]
+        return {"images": views[0] if len(views) == 1 else views, "index": batch["index"],
+                "labels": batch["labels"].to(self.device, non_blocking=True),
+                "bad_files": new, "num_bad_files": len(self.bad_files.messages)}

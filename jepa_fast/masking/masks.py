@@ -1,0 +1,178 @@
+"""Masks of a batch, ragged and packed: which tokens are context, which are targets, and where every row comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Masks:
+    """Context and target lists of a batch, packed end to end; int64 on the CPU.
+
+    A list holds token numbers (row * columns + column) of one sample. Lists are ordered list-major: list 0 of every
+    sample, then list 1 of every sample. Raises ValueError if lengths, indices and sizes do not belong together.
+    """
+
+    context_idx: Tensor       # [P_c], in [0, num_tokens)
+    context_lengths: Tensor   # [E, B]: context list, then sample
+    target_idx: Tensor        # [P_t], in [0, num_tokens)
+    target_lengths: Tensor    # [M, B]: target list, then sample
+    num_tokens: int           # N, tokens of one sample
+
+    def __post_init__(self):
+        for name in ("context", "target"):
+            _check_lists(name, getattr(self, f"{name}_idx"), getattr(self, f"{name}_lengths"), self.num_tokens)
+        if self.context_lengths.shape[1] != self.target_lengths.shape[1]:
+            raise ValueError(f"context_lengths and target_lengths must agree on the batch, got "
+                             f"{self.context_lengths.shape[1]} and {self.target_lengths.shape[1]} samples")
+
+    @classmethod
+    def from_lists(cls, context: list[Tensor], target: list[Tensor], num_tokens: int) -> Masks:
+        """Masks from the official form: lists of [B, K] token numbers, K free to differ between lists."""
+        context_idx, context_lengths = _from_lists("context", context)
+        target_idx, target_lengths = _from_lists("target", target)
+        return cls(context_idx=context_idx, context_lengths=context_lengths,
+                   target_idx=target_idx, target_lengths=target_lengths, num_tokens=num_tokens)
+
+    @property
+    def batch_size(self) -> int:
+        return self.context_lengths.shape[1]
+
+    def context_lists(self) -> list[Tensor]:
+        """The official form: E tensors [B, K]. Raises ValueError if the samples of a list differ in length."""
+        return _to_lists("context", self.context_idx, self.context_lengths)
+
+    def target_lists(self) -> list[Tensor]:
+        """The official form: M tensors [B, K]. Raises ValueError if the samples of a list differ in length."""
+        return _to_lists("target", self.target_idx, self.target_lengths)
+
+    def pack(self) -> PackedMasks:
+        """Everything a packed I-JEPA model indexes with, so that the device never has to wait for the host."""
+        (num_contexts, B), num_targets, N = self.context_lengths.shape, self.target_lengths.shape[0], self.num_tokens
+        context_lengths, target_lengths = self.context_lengths.flatten(), self.target_lengths.flatten()
+        context_rows = _sample_offsets(self.context_lengths, N).add_(self.context_idx)
+        target_rows = _sample_offsets(self.target_lengths, N).add_(self.target_idx)
+
+        # a predictor sequence is two pieces of cat([context_idx, target_idx]): list (e, b), then list (m, b)
+        shape = (num_targets, num_contexts, B)
+        context_pieces = self.context_lengths.expand(shape).flatten()
+        target_pieces = self.target_lengths[:, None].expand(shape).flatten()
+        context_starts = _starts(context_lengths).view(1, num_contexts, B).expand(shape).flatten()
+        target_starts = _starts(target_lengths).view(num_targets, 1, B).expand(shape).flatten() + len(context_rows)
+        rows = _runs(torch.stack([context_starts, target_starts], dim=1).flatten(),
+                     torch.stack([context_pieces, target_pieces], dim=1).flatten())
+        sequence_lengths = context_pieces + target_pieces
+        prediction_idx = _runs(_starts(sequence_lengths) + context_pieces, target_pieces)
+        prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
+        is_uniform = int(target_lengths.min()) == int(target_lengths.max())
+        position = torch.cat([self.context_idx, self.target_idx]).index_select(0, rows)
+        return PackedMasks(
+            context_idx=context_rows,
+            context_cu_seqlens=_cu_seqlens(context_lengths),
+            context_max_seqlen=int(context_lengths.max()),
+            target_idx=target_rows,
+            # every row past the contexts is a target, and all targets share one mask-token row
+            predictor_idx=rows.clamp_max_(len(context_rows)),
+            predictor_position=position,
+            predictor_cu_seqlens=_cu_seqlens(sequence_lengths),
+            predictor_max_seqlen=int(sequence_lengths.max()),
+            prediction_idx=prediction_idx,
+            prediction_target_idx=target_rows.index_select(0, prediction_target),
+            prediction_lengths=None if is_uniform else target_pieces,
+            full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32),
+            batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedMasks:
+    """Row numbers for packed sequences; B samples of N tokens are the rows b * N + token of one [B*N, ...] tensor.
+
+    Predictor sequences are ordered target list m, context list e, sample b; each holds the context list (e, b), then
+    one mask token for every token of the target list (m, b). P_p counts the rows of all predictor sequences, Q the
+    mask tokens among them. Indices are int64, cu_seqlens int32.
+    """
+
+    context_idx: Tensor             # [P_c]: row of [B*N], ordered (e, b)
+    context_cu_seqlens: Tensor      # [E*B + 1]
+    context_max_seqlen: int
+    target_idx: Tensor              # [P_t]: row of [B*N], ordered (m, b)
+    predictor_idx: Tensor           # [P_p]: row of cat([encoded context rows, one mask-token row]); mask token = P_c
+    predictor_position: Tensor      # [P_p]: token number in the grid, for the position table
+    predictor_cu_seqlens: Tensor    # [M*E*B + 1]
+    predictor_max_seqlen: int
+    prediction_idx: Tensor          # [Q]: row of the predictor output, ordered (m, e, b, token)
+    prediction_target_idx: Tensor   # [Q]: row of [B*N] each prediction is compared with
+    prediction_lengths: Tensor | None   # [M*E*B]: predictions per sequence; None where all are equal
+    full_cu_seqlens: Tensor         # [B + 1]: whole samples, for the target encoder
+    batch_size: int                 # B
+    num_tokens: int                 # N
+    num_contexts: int               # E
+    num_targets: int                # M
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedMasks:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedMasks:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> PackedMasks:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **{name: function(value) for name, value in tensors.items()})
+
+
+def _check_lists(name: str, idx: Tensor, lengths: Tensor, num_tokens: int) -> None:
+    if idx.dtype != torch.int64 or idx.dim() != 1:
+        raise ValueError(f"{name}_idx must be [P] int64, got {list(idx.shape)} {idx.dtype}")
+    if lengths.dtype != torch.int64 or lengths.dim() != 2 or lengths.numel() == 0:
+        raise ValueError(f"{name}_lengths must be [lists, B] int64, not empty, "
+                         f"got {list(lengths.shape)} {lengths.dtype}")
+    shortest, total = int(lengths.min()), int(lengths.sum())
+    if shortest < 0 or total != len(idx):
+        raise ValueError(f"{name}_lengths must be at least 0 and sum to the {len(idx)} entries of {name}_idx, "
+                         f"got a sum of {total} and a minimum of {shortest}")
+    if len(idx):
+        low, high = (int(bound) for bound in idx.aminmax())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f"{name}_idx must be in [0, {num_tokens}), got [{low}, {high}]")
+
+
+def _from_lists(name: str, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
+    shapes = [list(tokens.shape) for tokens in lists]
+    if not lists or any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(f"{name} must be one or more [B, K] tensors with one B, got {shapes}")
+    if any(tokens.dtype.is_floating_point or tokens.dtype == torch.bool for tokens in lists):
+        raise ValueError(f"{name} must hold token numbers, got {[tokens.dtype for tokens in lists]}")
+    lengths = torch.tensor([[shape[1]] * shape[0] for shape in shapes])
+    return torch.cat([tokens.flatten().to("cpu", torch.int64) for tokens in lists]), lengths
+
+
+def _to_lists(name: str, idx: Tensor, lengths: Tensor) -> list[Tensor]:
+    for i, row in enumerate(lengths):
+        if int(row.min()) != int(row.max()):
+            raise ValueError(f"{name} list {i} must have one length to become [B, K], "
+                             f"got {int(row.min())} to {int(row.max())} tokens")
+    parts = idx.split(lengths.sum(1).tolist())
+    return [part.view(lengths.shape[1], -1) for part in parts]
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Consecutive numbers start, start + 1, ... of every run, end to end."""
+    runs = (starts - _starts(lengths)).repeat_interleave(lengths)
+    return runs.add_(torch.arange(len(runs)))
+
+
+def _cu_seqlens(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _sample_offsets(lengths: Tensor, num_tokens: int) -> Tensor:
+    num_lists, B = lengths.shape
+    return (torch.arange(B) * num_tokens).repeat(num_lists).repeat_interleave(lengths.flatten())

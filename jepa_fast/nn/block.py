@@ -1,0 +1,84 @@
+"""The transformer block of every JEPA here, on packed tokens [P, D] with cu_seqlens."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import varlen_attention_qkv
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where sequences begin and end among packed tokens [P, D]."""
+
+    cu_seqlens: Tensor  # [S + 1] int32
+    max_seqlen: int
+
+    @staticmethod
+    def uniform(num_sequences: int, length: int, device: torch.device) -> "Sequences":
+        """S sequences of one length."""
+        ends = torch.arange(0, (num_sequences + 1) * length, max(length, 1), dtype=torch.int32, device=device)
+        return Sequences(ends[: num_sequences + 1], length)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions widened; float32 and float64 as they are. Losses are computed in this."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Attention(nn.Module):
+    """Self-attention within each packed sequence; one Linear makes queries, keys and values, in this order."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        P, D = x.shape
+        qkv = self.qkv(x).view(P, 3, self.num_heads, D // self.num_heads)
+        out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen)
+        return self.proj(out.view(P, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x)).
+
+    `drop_path` is the probability that a sequence skips a branch in training (stochastic depth); the kept ones are
+    scaled up by 1 / (1 - drop_path).
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        x = x + self._drop(self.attn(self.norm1(x), sequences), sequences)
+        return x + self._drop(self.mlp(self.norm2(x)), sequences)
+
+    def _drop(self, branch: Tensor, sequences: Sequences) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        lengths = sequences.cu_seqlens.diff()
+        keep = torch.rand(len(lengths), device=branch.device) >= self.drop_path
+        scale = (keep / (1 - self.drop_path)).to(branch.dtype)
+        return branch * torch.repeat_interleave(scale, lengths, output_size=branch.shape[0]).unsqueeze(1)

@@ -1,0 +1,93 @@
+"""I-JEPA: predict a target encoder's representation of masked blocks from the visible context.
+
+Assran et al., arXiv:2301.08243. Packed throughout: the context encoder sees only visible patches, all samples (and all
+target blocks in the predictor) as one batch.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..masking import MultiBlock, PackedMasks
+from ..models.encoder import VisionTransformer, VisionTransformerConfig
+from ..models.predictor import Predictor, PredictorConfig
+from ..models.target_encoder import TargetEncoder
+from ..nn.block import Sequences, at_least_float32
+from ..ops import latent_loss
+from ..optim.schedules import Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPredictionConfig:
+    encoder: VisionTransformerConfig = field(default_factory=VisionTransformerConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    masking: MultiBlock = field(default_factory=MultiBlock)
+    momentum: Linear = field(default_factory=lambda: Linear(start=0.996, final=1.0))  # of the target encoder, over training
+    beta: float = 1.0  # smooth-L1: quadratic below, linear above; 0 is L1
+
+    def build(self) -> "LatentPrediction":
+        return LatentPrediction(self)
+
+
+class LatentPrediction(nn.Module):
+    def __init__(self, config: LatentPredictionConfig):
+        super().__init__()
+        config.masking.check_grid(config.encoder.grid)
+        self.config = config
+        self.encoder: VisionTransformer = config.encoder.build()
+        self.predictor = Predictor(config.predictor, config.encoder.embed_dim, config.encoder.num_heads,
+                                   config.encoder.grid)
+        self.target_encoder = TargetEncoder(self.encoder)
+
+    def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
+        """Add the masks of this step: a function of (seed, step, number of the sample in the global batch)."""
+        masks = self.config.masking.sample(self.config.encoder.grid, len(batch["images"]), seed=seed, step=step,
+                                           first_sample=first_sample)
+        return batch | {"masks": masks.pack()}
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """{"images": [B, C, H, W], "masks": PackedMasks} -> {"loss": 0-dim, scalars and features to watch}."""
+        masks = batch["masks"]
+        prediction, target = self.predict(batch["images"], masks), self.targets(batch["images"], masks)
+        loss, statistics = latent_loss(prediction, target, masks.prediction_target_idx, beta=self.config.beta,
+                                       weight=_sequence_weights(masks), return_stats=True)
+        return {"loss": loss, **statistics, "features": target}
+
+    def predict(self, images: Tensor, masks: PackedMasks) -> Tensor:
+        """Predictions [P_t, D], in the order target block, context, sample, token."""
+        context = self.encoder.context(images, masks.context_idx,
+                                       Sequences(masks.context_cu_seqlens, masks.context_max_seqlen))
+        sequences = Sequences(masks.predictor_cu_seqlens, masks.predictor_max_seqlen)
+        prediction = self.predictor(context, masks.predictor_idx, masks.predictor_position, sequences,
+                                    masks.prediction_idx)
+        return at_least_float32(prediction)
+
+    def targets(self, images: Tensor, masks: PackedMasks) -> Tensor:
+        """The target encoder's tokens of the whole images, packed [B * N, D]."""
+        return at_least_float32(self.target_encoder(images).flatten(0, 1))
+
+    def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Pairs (parameter, its moving average) for the optimizer to keep."""
+        return self.target_encoder.averages(self.encoder)
+
+    def roles(self) -> dict[str, nn.Module]:
+        """What trains, in the order of the official optimizer's groups."""
+        return {"encoder": self.encoder, "predictor": self.predictor}
+
+    def evaluation_encoder(self) -> nn.Module:
+        """The encoder whose features are judged: the target encoder, as in the paper."""
+        return self.target_encoder.encoder
+
+
+def _sequence_weights(masks: PackedMasks) -> Tensor | None:
+    """None for target blocks of one size (the plain mean, as official), else every block of every sample counts alike.
+
+    With ragged blocks the mean over all tokens would depend on how samples are spread over ranks and micro-batches;
+    the mean of each block's mean does not.
+    """
+    lengths = masks.prediction_lengths
+    if lengths is None:
+        return None
+    weights = 1.0 / (len(lengths) * lengths.to(torch.float32))
+    return torch.repeat_interleave(weights, lengths, output_size=masks.prediction_idx.shape[0])

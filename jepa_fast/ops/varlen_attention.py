@@ -1,0 +1,250 @@
+"""Attention over packed sequences (flash-attention's `cu_seqlens` contract): q, k, v apart, or one packed qkv."""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..reference import varlen_attention as reference
+from ._define import Implementation, Missing, compiled, define
+
+_MAX_HEAD_DIM = 256
+
+
+def _check_lengths(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", max_seqlen_q)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", max_seqlen_k)
+
+
+def _check_qkv(qkv, cu_seqlens, max_seqlen, scale):
+    _check_cu_seqlens("cu_seqlens", cu_seqlens, "qkv", qkv.shape[0], "max_seqlen", max_seqlen)
+
+
+def _check_cu_seqlens(what, cu_seqlens, rows_of, rows, what_longest, longest):
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{what} must start at 0, got {bounds[0]}")
+    if bounds[-1] != rows:
+        raise ValueError(f"{what} must end at the {rows} rows of {rows_of}, got {bounds[-1]}")
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if lengths and min(lengths) < 0:
+        s = lengths.index(min(lengths))
+        raise ValueError(f"{what} must not decrease, got {bounds[s]} then {bounds[s + 1]} at sequence {s}")
+    if lengths and max(lengths) > longest:
+        raise ValueError(f"{what_longest} must be at least the longest sequence, {max(lengths)}, got {longest}")
+
+
+def _rows(t: Tensor) -> Tensor:
+    """What the kernels read: any strides, but whole rows."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _cpp(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    out, lse = q.new_empty(q.shape), _empty_lse(q)
+    torch.ops.jepa_fast_C.varlen_attention(_rows(q), _rows(k), _rows(v), cu_seqlens_q.contiguous(),
+                                           cu_seqlens_k.contiguous(), scale, out, lse)
+    return out, lse
+
+
+def _cpp_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
+    into = into or tuple(t.new_empty(t.shape) for t in (q, k, v))
+    torch.ops.jepa_fast_C.varlen_attention_backward(
+        _rows(grad), _rows(q), _rows(k), _rows(v), _rows(out), lse.contiguous(), cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(), scale, *into)
+    return into
+
+
+def _runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring sequences of equal lengths, none of them 0: their rows of q, their rows of k, how many."""
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    lengths = [(q[s + 1] - q[s], k[s + 1] - k[s]) for s in range(len(q) - 1)]
+    first = 0
+    for length, run in groupby(lengths):
+        last = first + len(list(run))
+        if all(length):  # PyTorch's own dies of a division by zero without rows
+            yield slice(q[first], q[last]), slice(k[first], k[last]), last - first
+        first = last
+
+
+def _batched(t: Tensor, rows: slice, count: int) -> Tensor:
+    """Rows of count sequences as PyTorch's attention takes them, [count, H, N, d]: a view."""
+    return t[rows].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _batched_lse(lse: Tensor, rows: slice, count: int) -> Tensor:
+    return lse[:, rows].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _torch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    out, lse = q.new_zeros(q.shape), _empty_lse(q).fill_(-torch.inf)
+    for rows, keys, count in _runs(cu_seqlens_q, cu_seqlens_k):
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _batched(q, rows, count), _batched(k, keys, count), _batched(v, keys, count), scale=scale)
+        _batched_lse(lse, rows, count).copy_(results[1])
+        if rows.stop - rows.start == q.shape[0]:  # all lengths are equal: nothing to put together
+            return results[0].transpose(1, 2).flatten(0, 1), lse
+        _batched(out, rows, count).copy_(results[0])
+    return out, lse
+
+
+def _torch_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
+    into = into or tuple(t.new_empty(t.shape) for t in (q, k, v))
+    runs = list(_runs(cu_seqlens_q, cu_seqlens_k))
+    if sum(rows.stop - rows.start for rows, _, _ in runs) < q.shape[0]:
+        into[0].zero_()
+    if sum(keys.stop - keys.start for _, keys, _ in runs) < k.shape[0]:
+        into[1].zero_(), into[2].zero_()
+    for rows, keys, count in runs:
+        inputs = [_batched(t, part, count) for t, part in ((grad, rows), (q, rows), (k, keys), (v, keys), (out, rows))]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *inputs, _batched_lse(lse, rows, count), 0.0, False, scale=scale)
+        for t, part, g in zip(into, (rows, keys, keys), grads, strict=True):
+            _batched(t, part, count).copy_(g)
+    return into
+
+
+def _qkv_forward(function):
+    """A forward of q, k, v apart, on views of a packed qkv."""
+    def forward(qkv, cu_seqlens, max_seqlen, scale):
+        return function(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
+    return forward
+
+
+def _qkv_backward(function):
+    """A backward of q, k, v apart, writing into views of one packed dqkv."""
+    def backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale):
+        dqkv = qkv.new_empty(qkv.shape)
+        function(grad, *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, dqkv.unbind(1))
+        return dqkv
+    return backward
+
+
+def _with_torch(function: Callable) -> Implementation:
+    """PyTorch's own attention for CPU tensors, where this build has it."""
+    missing = None if hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") else "not in this PyTorch"
+    return Missing(missing) if missing else Implementation(function, ("cpu",))
+
+
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
+define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor)",
+       plain=reference.varlen_attention, cpp=compiled("varlen_attention", call=_cpp), torch=_with_torch(_torch),
+       check=_check_lengths)
+define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}) "
+       "-> (Tensor, Tensor, Tensor)",
+       plain=reference.varlen_attention_backward, cpp=compiled("varlen_attention_backward", call=_cpp_backward),
+       torch=_with_torch(_torch_backward), check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest))
+define("varlen_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor, Tensor)",
+       plain=reference.varlen_attention_qkv, cpp=compiled("varlen_attention", call=_qkv_forward(_cpp)),
+       torch=_with_torch(_qkv_forward(_torch)), check=_check_qkv)
+define("varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
+       "SymInt max_seqlen, float scale) -> Tensor",
+       plain=reference.varlen_attention_qkv_backward,
+       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_cpp_backward)),
+       torch=_with_torch(_qkv_backward(_torch_backward)),
+       check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest))
+
+
+@torch.library.register_fake("jepa_fast::varlen_attention")
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    return q.new_empty(q.shape), _empty_lse(q)
+
+
+@torch.library.register_fake("jepa_fast::varlen_attention_backward")
+def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("jepa_fast::varlen_attention_qkv")
+def _(qkv, cu_seqlens, max_seqlen, scale):
+    q = qkv[:, 0]
+    return q.new_empty(q.shape), _empty_lse(q)
+
+
+@torch.library.register_fake("jepa_fast::varlen_attention_qkv_backward")
+def _(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    grads = torch.ops.jepa_fast.varlen_attention_backward(
+        grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+def _save_qkv(ctx, inputs, output):
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
+    ctx.save_for_backward(qkv, cu_seqlens, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_qkv(ctx, grad, _):
+    qkv, cu_seqlens, out, lse = ctx.saved_tensors
+    dqkv = torch.ops.jepa_fast.varlen_attention_qkv_backward(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale)
+    return dqkv, None, None, None
+
+
+torch.library.register_autograd("jepa_fast::varlen_attention", _backward, setup_context=_save)
+torch.library.register_autograd("jepa_fast::varlen_attention_qkv", _backward_qkv, setup_context=_save_qkv)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int,
+                     cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | None = None,
+                     scale: float | None = None) -> Tensor:
+    """Softmax attention within each of S packed sequences: row i of q attends to every row of k of its sequence.
+
+    q [P_q, H, d], k, v [P_k, H, d] floating point with d <= 256 -> [P_q, H, d]. Any strides; no copy is made where the
+    last dimension is contiguous. cu_seqlens_q, cu_seqlens_k [S + 1] int32: sequence s owns rows cu_seqlens[s] up to
+    cu_seqlens[s + 1]; it may be empty. cu_seqlens_k and max_seqlen_k are those of q where not given. max_seqlen_q,
+    max_seqlen_k: at least the longest sequence. scale: d ** -0.5 where not given. Queries without keys give 0.
+    Raises ValueError for lengths that do not fit (CPU; undefined on a GPU).
+    """
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    if q.dim() != 3 or not q.is_floating_point():
+        raise ValueError(f"q must be [P, H, d] floating point, got {list(q.shape)} {q.dtype}")
+    if k.dim() != 3 or k.shape[1:] != q.shape[1:] or k.dtype != q.dtype:
+        raise ValueError(f"k must be [P, {q.shape[1]}, {q.shape[2]}] {q.dtype} as q, got {list(k.shape)} {k.dtype}")
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v must be {list(k.shape)} {k.dtype} as k, got {list(v.shape)} {v.dtype}")
+    _check_arguments("q", q, {"k": k, "v": v}, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"cu_seqlens_k must be {list(cu_seqlens_q.shape)} as cu_seqlens_q, "
+                         f"got {list(cu_seqlens_k.shape)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.jepa_fast.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                                scale)[0]
+
+
+def varlen_attention_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None) -> Tensor:
+    """`varlen_attention` of q, k, v = qkv.unbind(1); its backward writes one packed gradient.
+
+    qkv [P, 3, H, d] -> [P, H, d]; cu_seqlens [S + 1] int32, max_seqlen, scale and errors as there.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv must be [P, 3, H, d] floating point, got {list(qkv.shape)} {qkv.dtype}")
+    _check_arguments("qkv", qkv, {}, {"cu_seqlens": cu_seqlens})
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.jepa_fast.varlen_attention_qkv(qkv, cu_seqlens, max_seqlen, scale)[0]
+
+
+def _check_arguments(name: str, first: Tensor, others: dict[str, Tensor], lengths: dict[str, Tensor]) -> None:
+    if not 1 <= first.shape[-1] <= _MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head width d of 1 to {_MAX_HEAD_DIM}, got {first.shape[-1]}")
+    for what, cu_seqlens in lengths.items():
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+            raise ValueError(f"{what} must be [S + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    for what, t in (others | lengths).items():
+        if t.device != first.device:
+            raise ValueError(f"{name} and {what} must be on one device, got {first.device} and {t.device}")

@@ -1,0 +1,103 @@
+"""A recipe: everything a run needs to know, as one frozen dataclass, saved with the run and read back from it."""
+
+import dataclasses
+import difflib
+import pathlib
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+import pydantic
+import yaml
+
+from ..data import ImageFolderData, MnistData, SyntheticData
+from ..objectives.latent_prediction import LatentPredictionConfig
+from ..objectives.lejepa import LeJEPAConfig
+from ..optim.schedules import Constant, Cosine, WarmupCosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with decoupled decay; biases and one-dimensional parameters do not decay unless told to."""
+
+    lr: WarmupCosine
+    weight_decay: Cosine | Constant
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay_all: bool = False         # biases and one-dimensional parameters decay too
+    clip_grad: float | None = None  # largest gradient norm, per role (encoder, predictor); None: no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    batch_size: int                            # samples per step, over all ranks and micro-batches
+    epochs: float
+    schedule_scale: float = 1.0                # schedules run over this many times the epochs (official ipe_scale)
+    accumulate: int = 1                        # micro-batches per step and rank
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters and optimizer state stay float32
+    seed: int = 0
+    max_steps: int | None = None               # stop early, schedules unchanged
+    log_every: int = 10                        # steps
+    checkpoint_every: float = 1.0              # epochs
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: bool = False                  # needs the extra jepa_fast[tensorboard]
+    wandb: bool = False                        # needs the extra jepa_fast[wandb]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    paper: str
+    summary: str                               # one line, for `jepa-fast recipes`
+    objective: LatentPredictionConfig | LeJEPAConfig
+    data: ImageFolderData | MnistData | SyntheticData
+    optim: OptimConfig
+    train: TrainConfig
+
+
+def save(recipe: Recipe, path: pathlib.Path) -> None:
+    path.write_text(to_yaml(recipe))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True)
+
+
+
+
+def merge(base: Recipe, values: dict, where: str = "recipe") -> Recipe:
+    """`base` with values from a file. The recipe of that name in the code says which classes its parts have."""
+    return _merge(base, values, where, "")
+
+
+def _merge(base, values: dict, where: str, prefix: str):
+    """`base` with the fields of `values` put in, typed as the dataclass says; unknown fields are an error."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {prefix.rstrip('.') or 'recipe'} must be a mapping, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(base)}
+    changes = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.3) or list(fields)
+            raise ValueError(f"{where}: unknown field {prefix}{key}; nearest: {', '.join(prefix + name for name in near)}")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = _merge(current, value, where, f"{prefix}{key}.")
+        else:
+            changes[key] = _typed(type(base), key, value, f"{where}: {prefix}{key}")
+    return dataclasses.replace(base, **changes)
+
+
+def _typed(owner: type, key: str, value, where: str):
+    """One value checked and converted (a list to a tuple, an integer to a float) by the field's annotation."""
+    try:
+        return pydantic.TypeAdapter(typing.get_type_hints(owner)[key]).validate_python(value)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{where}: {first['msg']}, got {value!r}") from error
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,1 @@
+"""Modality to tokens and their grid."""
