@@ -8,7 +8,6 @@ from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens, scatter_tokens
 from .latent_loss import latent_loss
 from .sigreg import Quadrature, sigreg
-from .sigreg import sigreg
 from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 

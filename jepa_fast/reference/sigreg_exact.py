@@ -138,7 +138,7 @@ class _PsiTable:
 
 
 def cubics(value: Tensor, derivative: Tensor, step: float) -> Tensor:
-    """[M] values and derivatives at distance `step` -> [M, 4] Hermite coefficients; the last one is 0, for all beyond."""
+    """[M] values and derivatives at distance `step` -> [M, 4] Hermite coefficients; the last is 0, for all beyond."""
     rise, left, right = value[1:] - value[:-1], step * derivative[:-1], step * derivative[1:]
     inside = torch.stack([value[:-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise], 1)
     return torch.cat([inside, inside.new_zeros(1, 4)])
