@@ -33,7 +33,7 @@ def shrink(recipe: recipes.Recipe) -> recipes.Recipe:
         changes["projector"] = (32, 32, objective.projector[-1])
         changes["sigreg"] = dataclasses.replace(objective.sigreg, num_slices=64)
     else:
-        changes["predictor"] = dataclasses.replace(objective.predictor, embed_dim=6 * encoder.num_heads, depth=2)
+        changes["predictor"] = dataclasses.replace(objective.predictor, embed_dim=12 * encoder.num_heads, depth=2)
         changes["masking"] = dataclasses.replace(objective.masking, mask_group_size=4)
     synthetic = SyntheticData(num_images=16, image_size=encoder.image_size, in_chans=encoder.in_chans,
                               transform=data.transform)

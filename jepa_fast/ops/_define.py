@@ -21,12 +21,21 @@ _FORCED: list[tuple[str, str | None]] = []  # (backend, op or None for all), inn
 
 
 @dataclass(frozen=True)
+class Slower:
+    """Where the automatic choice passes over an implementation that could run: `holds(*args)`, described by `when`."""
+
+    when: str
+    holds: Callable[..., bool]
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to compute an op: `supports(*args)` is None where it can, else the reason why it cannot."""
 
     function: Callable
     devices: tuple[str, ...] = ("cpu", "cuda")
     supports: Callable[..., str | None] = lambda *args: None
+    slower: Slower | None = None  # measured; a forced backend does not ask
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ COMPILED_MISSING: str | None = _load_compiled()
 
 
 def compiled(name: str, dtypes=(torch.float32, torch.bfloat16), call: Callable | None = None,
-             supports: Callable[..., str | None] | None = None) -> Implementation | Missing:
+             supports: Callable[..., str | None] | None = None,
+             slower: Slower | None = None) -> Implementation | Missing:
     """The C++ version of an op for CPU tensors: `call(*args)`, by default the raw `jepa_fast_C` op of that name."""
     if COMPILED_MISSING:
         return Missing(COMPILED_MISSING)
@@ -63,7 +73,7 @@ def compiled(name: str, dtypes=(torch.float32, torch.bfloat16), call: Callable |
                 return f"no C++ version for {str(arg.dtype).removeprefix('torch.')}"
         return supports(*args) if supports else None
 
-    return Implementation(call or getattr(torch.ops.jepa_fast_C, name), ("cpu",), check)
+    return Implementation(call or getattr(torch.ops.jepa_fast_C, name), ("cpu",), check, slower)
 
 
 def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = None,
@@ -96,7 +106,7 @@ def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = 
 
 
 def choose(name: str, device: str, args: tuple) -> Implementation:
-    """The implementation that runs: the forced one, or the first of the device's order that can."""
+    """The implementation that runs: the forced one, or the first of the device's order that can and is not slower."""
     row = TABLE[name]
     forced = forced_backend(name)
     if forced is not None:
@@ -104,10 +114,11 @@ def choose(name: str, device: str, args: tuple) -> Implementation:
         if reason:
             raise RuntimeError(f"backend {forced!r} asked for, but {name} cannot use it: {reason}")
         return row[forced]
-    for backend in ORDER.get(device, ("plain",)):
-        if why_not(row[backend], device, args) is None:
-            return row[backend]
-    raise AssertionError(f"{name}: plain must always work")
+    able = [row[backend] for backend in ORDER.get(device, ("plain",)) if why_not(row[backend], device, args) is None]
+    for implementation in able[:-1]:  # the last one is plain, which is not what a faster one is passed over for
+        if implementation.slower is None or not implementation.slower.holds(*args):
+            return implementation
+    return able[0]
 
 
 def why_not(implementation: Implementation | Missing, device: str, args: tuple | None = None) -> str | None:
@@ -152,6 +163,10 @@ def info(device: str) -> list[tuple[str, str, dict[str, str]]]:
         chosen = next(backend for backend in order if reasons[backend] is None)
         others = {backend: reason or ("slower here" if backend in order else "not tried on this device")
                   for backend, reason in reasons.items() if backend != chosen}
+        slower = getattr(row[chosen], "slower", None)
+        second = next((b for b in order if b in others and reasons[b] is None and b != "plain"), None)
+        if slower and second:
+            others[second] = f"used for {slower.when}, slower otherwise"
         rows.append((name, chosen, others))
     return rows
 

@@ -80,7 +80,8 @@ def latent_loss(prediction: Tensor, target: Tensor, target_idx: Tensor | None = 
     without weight and bias; target_idx [P] int64: the row of target for each prediction, or None for row p. beta: where
     the square ends; 0 is L1. weight [P] float32: sum of weight * row mean instead of the mean over rows; 1 / (M * P_m)
     on the P_m rows of mask kind m weighs M kinds equally. Arithmetic and loss are float32, also for bfloat16 (float64
-    if an input is); the two may differ in dtype. No rows: NaN, as the mean of nothing, or 0 with weight. Gradient reaches prediction only.
+    if an input is); the two may differ in dtype. No rows: NaN, as the mean of nothing, or 0 with weight. Gradient
+    reaches prediction only, and has no gradient itself (RuntimeError with create_graph).
     return_stats: also {"cosine", "prediction_power", "target_std"}, scalars without gradient: means over rows of the
     cosine of prediction and normalised target, of the prediction's mean square (the normalised target has 1), and of
     the target's standard deviation over D. They cost no further pass.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..reference import varlen_attention as reference
-from ._define import Implementation, Missing, compiled, define
+from ._define import Implementation, Missing, Slower, compiled, define
 
 _MAX_HEAD_DIM = 256
 
@@ -130,21 +130,48 @@ def _with_torch(function: Callable) -> Implementation:
     return Missing(missing) if missing else Implementation(function, ("cpu",))
 
 
+def _has_bf16_matrix_unit() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+# measured with AMX: PyTorch's own multiplies in bfloat16 there, the C++ version in float32 everywhere
+_SLOWER = Slower("bfloat16 with AMX, sequences of 256 tokens or more, d >= 32",
+                 lambda q, k, v, cu_seqlens_q, cu_seqlens_k, *rest: _is_long(q, k, cu_seqlens_q, 256, 32))
+_SLOWER_BACKWARD = Slower("bfloat16 with AMX, sequences of 1024 tokens or more, d >= 64",
+                          lambda grad, q, k, v, out, lse, cu_seqlens_q, *rest: _is_long(q, k, cu_seqlens_q, 1024, 64))
+
+
+def _is_long(q: Tensor, k: Tensor, cu_seqlens: Tensor, tokens: int, head_dim: int) -> bool:
+    """bfloat16 on AMX with at least so many tokens per sequence on average, queries and keys."""
+    total = tokens * max(cu_seqlens.shape[0] - 1, 1)
+    return (q.dtype == torch.bfloat16 and q.shape[-1] >= head_dim and min(q.shape[0], k.shape[0]) >= total
+            and _has_bf16_matrix_unit())
+
+
+def _for_qkv(slower: Slower) -> Slower:
+    """The same for arguments with a packed qkv."""
+    def holds(*args):
+        at = next(i for i, arg in enumerate(args) if arg.dim() == 4)
+        return slower.holds(*args[:at], *args[at].unbind(1), *args[at + 1:])
+    return Slower(slower.when, holds)
+
+
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor)",
-       plain=reference.varlen_attention, cpp=compiled("varlen_attention", call=_cpp), torch=_with_torch(_torch),
+       plain=reference.varlen_attention, cpp=compiled("varlen_attention", call=_cpp, slower=_SLOWER), torch=_with_torch(_torch),
        check=_check_lengths)
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}) "
        "-> (Tensor, Tensor, Tensor)",
-       plain=reference.varlen_attention_backward, cpp=compiled("varlen_attention_backward", call=_cpp_backward),
+       plain=reference.varlen_attention_backward, cpp=compiled("varlen_attention_backward", call=_cpp_backward, slower=_SLOWER_BACKWARD),
        torch=_with_torch(_torch_backward), check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest))
 define("varlen_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor, Tensor)",
-       plain=reference.varlen_attention_qkv, cpp=compiled("varlen_attention", call=_qkv_forward(_cpp)),
+       plain=reference.varlen_attention_qkv, cpp=compiled("varlen_attention", call=_qkv_forward(_cpp), slower=_for_qkv(_SLOWER)),
        torch=_with_torch(_qkv_forward(_torch)), check=_check_qkv)
 define("varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
        "SymInt max_seqlen, float scale) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
-       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_cpp_backward)),
+       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_cpp_backward),
+                    slower=_for_qkv(_SLOWER_BACKWARD)),
        torch=_with_torch(_qkv_backward(_torch_backward)),
        check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest))
 
