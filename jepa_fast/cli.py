@@ -20,7 +20,8 @@ USAGE = """usage: jepa-fast COMMAND ...
   recipes                                     the recipes, one line each
 
 train also takes --run-dir DIR (where to write; default runs/NAME), --resume (go on from the checkpoint there),
---eval (probe the encoder at the end) and --help after a recipe's name for all of its fields. --debug anywhere shows tracebacks."""
+--eval (probe the encoder at the end) and --help after a recipe's name for all of its fields.
+--debug anywhere shows tracebacks."""
 
 
 @dataclasses.dataclass(frozen=True)
