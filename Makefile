@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/jepa-fast train lejepa_mnist --eval
 
 test: $(VENV)/.tested
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 lint: $(VENV)/.tested
 	$(RUN) -m ruff check .

@@ -46,10 +46,10 @@ def sigreg_exact(x: Tensor, *, quadrature: Quadrature = OFFICIAL, row_mask: Tens
     """What `sigreg` estimates with random directions: its expectation over all of them. No slices, no noise, no step.
 
     Not a drop-in for published results: with K slices the gradient is noisy (1024 slices of 128 dims: cosine 0.86 to
-    this one), and recipes were tuned with that noise. x [..., N, D], any D >= 1 -> scalar float32 (float64 for float64),
-    or one value per group for reduction None. Options as in `sigreg`; scale "N", "none" or a number; rows of this process
-    only. Computed in float64 from the N^2 distances of a group, some hundred thousand at a time: cheaper than slices
-    where N is below their number. Slow below 10 dims, where its kernel is evaluated knot by knot.
+    this one), and recipes were tuned with that noise. x [..., N, D], any D >= 1 -> scalar float32 (float64 for
+    float64), or one value per group for reduction None. Options as in `sigreg`; scale "N", "none" or a number; rows of
+    this process only. Computed in float64 from the N^2 distances of a group, some hundred thousand at a time: cheaper
+    than slices where N is below their number. Slow below 10 dims, where its kernel is evaluated knot by knot.
     """
     check_rows(x, row_mask, group_dims)
     check_choice("reduction", reduction, ("mean", "sum", None))

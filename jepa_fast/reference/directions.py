@@ -44,7 +44,7 @@ def seeded_normals(step: Tensor, seed: int, dim: int, num_slices: int) -> Tensor
 def philox(block: Tensor, seed: int, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of int64 block numbers; four int64 tensors of words in [0, 2^32)."""
     zero = torch.zeros_like(block)
-    counter = [block & _WORD, (block >> 32) & _WORD, zero + (seed >> 32), zero + ((step >> 32) & _WORD)]
+    counter = [block & _WORD, (block >> 32) & _WORD, zero + ((seed >> 32) & _WORD), zero + ((step >> 32) & _WORD)]
     key = [zero + (seed & _WORD), zero + (step & _WORD)]
     for _ in range(10):
         a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]  # 64 bits, wrapping

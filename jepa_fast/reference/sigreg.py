@@ -23,13 +23,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def sigreg_sums(x: Tensor, directions: Tensor, row_mask: Tensor | None, t_start: float, t_step: float,
                 num_knots: int) -> Tensor:
     """Sums of cos(t_j p), then of sin(t_j p), over the rows where row_mask [V, N] is True -> [V, 2, J, K]."""
+    keep = 1 if row_mask is None else row_mask.unsqueeze(-1)
     sums = []
     for p, _ in _projections(x, directions, row_mask):
-        phases = [(t_start + j * t_step) * p for j in range(num_knots)]
-        keep = 1 if row_mask is None else row_mask.unsqueeze(-1)
-        cos = torch.stack([(phase.cos() * keep).sum(1) for phase in phases], 1)
-        sin = torch.stack([(phase.sin() * keep).sum(1) for phase in phases], 1)
-        sums.append(torch.stack([cos, sin], 1))
+        phases = ((t_start + j * t_step) * p for j in range(num_knots))
+        pairs = [torch.stack([(phase.cos() * keep).sum(1), (phase.sin() * keep).sum(1)], 1) for phase in phases]
+        sums.append(torch.stack(pairs, 2))
     return torch.cat(sums, -1)
 
 

@@ -138,7 +138,7 @@ class _PsiTable:
 
 
 def cubics(value: Tensor, derivative: Tensor, step: float) -> Tensor:
-    """[M] values and derivatives at distance `step` -> [M, 4] Hermite coefficients; the last one is 0, for all beyond."""
+    """[M] values and derivatives at distance `step` -> [M, 4] Hermite coefficients; the last is 0, for all beyond."""
     rise, left, right = value[1:] - value[:-1], step * derivative[:-1], step * derivative[1:]
     inside = torch.stack([value[:-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise], 1)
     return torch.cat([inside, inside.new_zeros(1, 4)])
@@ -184,7 +184,8 @@ def sphere_rule(dim: int) -> tuple[Tensor, Tensor]:
 def _cutoff(dim: int) -> float:
     """Psi_D(r) stays below SMALLEST from here on."""
     order = dim / 2 - 1
-    normal = math.sqrt(-2 * dim * math.log(SMALLEST))  # |Psi| <= exp(-r^2 / 2D) up to the first zero, beyond `order`
+    # |Psi| <= exp(-r^2 / 2D) up to the first zero, which lies beyond `order`
+    normal = math.sqrt(-2 * dim * math.log(SMALLEST))
     if normal < order:
         return normal
     # the amplitude of the Bessel function decays as r^(-1/2)
