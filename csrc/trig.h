@@ -17,8 +17,8 @@ struct Split {
   explicit Split(double x) : high(float(x)), low(float(x - double(float(x)))) {}
 };
 
-// The rotation by t p. NaN and infinity give NaN; beyond |t p| of about 1e6 float32 has no digits left for the phase of p
-// itself, and the angle is arbitrary but finite.
+// The rotation by t p. NaN and infinity give NaN; beyond |t p| of about 1e6 float32 has no digits left for the phase of
+// p itself, and the angle is arbitrary but finite.
 inline Rotation rotation(Vec p, Split t) {
   const Vec angle = p * t.high;
   const Vec rest = fma(p, broadcast(t.low), fma(p, broadcast(t.high), -angle));  // what the rounding of angle cut off
