@@ -17,11 +17,21 @@ struct Split {
   explicit Split(double x) : high(float(x)), low(float(x - double(float(x)))) {}
 };
 
-// The rotation by t p. NaN and infinity give NaN; beyond |t p| of about 1e6 float32 has no digits left for the phase of p
-// itself, and the angle is arbitrary but finite.
+inline Vec product_rest(Vec a, Vec b, Vec product) {  // what rounding cut off from a * b
+#if defined(__FMA__) || defined(__AVX512F__)
+  return fma(a, b, -product);
+#else  // halves of 12 bits, whose products are exact (Dekker 1971)
+  const Vec a_high = (Vec)((UVec)a & 0xfffff000u), b_high = (Vec)((UVec)b & 0xfffff000u);
+  const Vec a_low = a - a_high, b_low = b - b_high;
+  return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+#endif
+}
+
+// The rotation by t p. NaN and infinity give NaN; beyond |t p| of about 1e6 float32 has no digits left for the phase of
+// p itself, and the angle is arbitrary but finite.
 inline Rotation rotation(Vec p, Split t) {
   const Vec angle = p * t.high;
-  const Vec rest = fma(p, broadcast(t.low), fma(p, broadcast(t.high), -angle));  // what the rounding of angle cut off
+  const Vec rest = fma(p, broadcast(t.low), product_rest(p, broadcast(t.high), angle));
   const Vec n = round_nearest(angle * 0.636619772f);  // quarter turns
   Vec r = fma(n, broadcast(-1.5703125f), angle);      // pi/2 in three parts; n times the first, of 8 bits, is exact
   r = fma(n, broadcast(-4.838109016418457e-4f), r);

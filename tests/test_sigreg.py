@@ -43,6 +43,13 @@ def directions_of(dim, num_slices, seed=0):
 # ---- the official code
 
 
+def assert_drawn_as_official(drawn, golden_directions):
+    """To the bit; PyTorch's own normal numbers have other last bits where there is no AVX2."""
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert torch.equal(drawn, golden_directions)
+    torch.testing.assert_close(drawn, golden_directions, rtol=1e-5, atol=1e-6)
+
+
 def official(case):
     setting = config("lejepa_sigreg")["cases"][case]
     module = SIGReg.from_preset("official", t_max=setting["t_max"], num_knots=setting["knots"],
@@ -60,7 +67,7 @@ def test_golden_calls(case, backend):
     for call in range(1, setting["calls"] + 1):
         expected, exact = under(tensors, f"{case}/call{call}/"), under(tensors, f"f64/{case}/call{call}/")
         drawn = ops.directions(0, module.global_step.clone(), setting["shape"][-1], setting["slices"], "torch")
-        assert torch.equal(drawn, expected["directions"])
+        assert_drawn_as_official(drawn, expected["directions"])
         with torch.autocast("cpu", torch.bfloat16, enabled=setting["autocast"]):
             statistic = ops.sigreg(expected["x"], drawn, quadrature=module.quadrature, reduction=None)
             loss, grad = with_gradient(module, expected["x"])
@@ -108,7 +115,7 @@ def test_golden_bcs(backend):
     for call in (1, 2, 3):
         tensors = under(golden("eb_jepa_losses"), f"bcs/call{call}/")
         drawn = ops.directions(0, module.global_step.clone(), *tensors["directions"].shape, "torch")
-        assert torch.equal(drawn, tensors["directions"])
+        assert_drawn_as_official(drawn, tensors["directions"])
         z1, z2 = tensors["z1"].clone().requires_grad_(), tensors["z2"].clone().requires_grad_()
         bcs = module(torch.stack([z1, z2]))
         assert error(bcs, tensors["bcs_loss"]) < 5e-6

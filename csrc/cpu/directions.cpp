@@ -43,8 +43,8 @@ Block philox(uint64_t first, uint64_t seed, uint64_t step) {
   return {{c0, c1, c2, c3}};
 }
 
-// The two functions below are float64 to its last bits, by their Taylor series, so that rounded to float32 they agree with
-// any other implementation but once in a million.
+// The two functions below are float64 to its last bits, by their Taylor series, so that rounded to float32 they agree
+// with any other implementation but once in a million.
 
 // natural logarithm of a normal number: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m - 1) / (m + 1))
 inline double logarithm(double x) {
@@ -131,7 +131,8 @@ void directions(const Tensor& step, int64_t seed, Tensor out) {
 void philox_words(const Tensor& step, int64_t seed, int64_t first, Tensor words) {
   auto* out = words.mutable_data_ptr<int64_t>();
   for (int64_t block = 0; block < words.size(0); block += kLanes) {
-    const Block made = philox(uint64_t(first) + uint64_t(block), uint64_t(seed), uint64_t(*step.const_data_ptr<int64_t>()));
+    const auto now = uint64_t(*step.const_data_ptr<int64_t>());
+    const Block made = philox(uint64_t(first) + uint64_t(block), uint64_t(seed), now);
     for (int64_t i = 0; i < std::min<int64_t>(kLanes, words.size(0) - block); ++i)
       for (int w = 0; w < 4; ++w) out[(block + i) * 4 + w] = made.word[w][i];
   }

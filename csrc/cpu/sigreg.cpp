@@ -1,10 +1,10 @@
 // SIGReg between its two matrix products: sums of cos and sin of the projections, and their gradient in place.
 //
-// The projections p [V, N, K] come in pieces that fit the cache; nothing of size [N, K, J] exists. One sine and cosine per
-// projection, then one rotation per knot (four fused operations). Slices lie along the lanes, rows are added in float32 up
-// to kBlockRows and in float64 beyond, in a fixed order.
-// p contiguous float32; row_mask [V, N] bool contiguous; knots are t_start + j * t_step; [V, 2, J, K] holds cos, then sin,
-// with K contiguous.
+// The projections p [V, N, K] come in pieces that fit the cache; nothing of size [N, K, J] exists. A few sines per
+// projection, then one rotation per knot (four fused operations). Slices lie along the lanes; rows are added in float32
+// up to kBlockRows and in float64 beyond, in a fixed order.
+// p contiguous float32; row_mask [V, N] bool contiguous; knots are t_start + j * t_step; [V, 2, J, K] holds cos, then
+// sin, with K contiguous.
 #include "../common.h"
 #include "../simd.h"
 #include "../trig.h"
@@ -16,9 +16,10 @@ namespace jepa_fast::CPU_CAPABILITY {
 namespace {
 
 constexpr int kRows = kLanes == 16 ? 2 : 1;  // rows in flight: as many as fit the registers
-constexpr int kChains = 4;                   // knots in flight: knot j + 4 comes from knot j, so that few rotations, and their rounding, add up
+constexpr int kChains = 4;  // knots in flight: knot j + 4 comes from knot j, so that few rounding errors add up
 constexpr int64_t kBlockRows = 64;
-constexpr int64_t kGrainElements = 1 << 11;  // projections; fewer are not worth another thread
+constexpr int64_t kGrain = 1 << 11;  // projections; fewer are not worth another thread
+constexpr int kSlices = 64;          // of the statistic at a time
 
 struct Grid {
   double t_start, t_step;
@@ -124,14 +125,26 @@ void for_each_strip(const Tensor& p, const std::optional<Tensor>& row_mask, cons
   const int64_t V = p.size(0), N = p.size(1), K = p.size(2), strips = (K + kLanes - 1) / kLanes;
   auto* data = p.mutable_data_ptr<float>();
   const bool* keep = row_mask ? row_mask->const_data_ptr<bool>() : nullptr;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, N * kLanes));
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, N * kLanes));
   torch::stable::parallel_for(0, V * strips, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> room(2 * grid.padded * kLanes + 16);
     auto* scratch = room.data() + 16 - reinterpret_cast<uintptr_t>(room.data()) / 4 % 16;  // at a cache line
     for (int64_t i = begin; i < end; ++i) {
       const int64_t v = i / strips, k = i % strips * kLanes;
-      const Strip strip{data + v * N * K + k, N, K, int(std::min<int64_t>(kLanes, K - k)), keep ? keep + v * N : nullptr};
-      work(strip, v, k, scratch);
+      const int lanes = int(std::min<int64_t>(kLanes, K - k));
+      work(Strip{data + v * N * K + k, N, K, lanes, keep ? keep + v * N : nullptr}, v, k, scratch);
+    }
+  });
+}
+
+// work(group, first slice, slices) for every block of slices of every group
+template <typename Work>
+void for_each_block(int64_t V, int64_t K, const Work& work) {
+  const int64_t blocks = (K + kSlices - 1) / kSlices;
+  torch::stable::parallel_for(0, V * blocks, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = i % blocks * kSlices;
+      work(i / blocks, k, int(std::min<int64_t>(kSlices, K - k)));
     }
   });
 }
@@ -148,7 +161,8 @@ void sigreg_add_sums(const Tensor& p, std::optional<Tensor> row_mask, double t_s
 }
 
 // p [V, N, K] becomes the gradient with respect to p; grad_sums [V, 2, J, K] float32
-void sigreg_gradient_(Tensor p, std::optional<Tensor> row_mask, const Tensor& grad_sums, double t_start, double t_step) {
+void sigreg_gradient_(Tensor p, std::optional<Tensor> row_mask, const Tensor& grad_sums, double t_start,
+                      double t_step) {
   const Grid grid(t_start, t_step, grad_sums.size(2));
   const float* in = floats(grad_sums);
   for_each_strip(p, row_mask, grid, [&](const Strip& strip, int64_t v, int64_t k, float* scratch) {
@@ -156,6 +170,49 @@ void sigreg_gradient_(Tensor p, std::optional<Tensor> row_mask, const Tensor& gr
   });
 }
 
+// The statistic: sum over j of w_j ((C_j - phi_j)^2 + S_j^2) -> out [V, K]. C_j is close to phi_j where the loss is
+// small: means and differences are taken in float64. sums [V, 2, J, K] float32, count [V] (rows behind each sum; 0
+// gives 0), knots [2, J] float64 (phi, then weights), all contiguous.
+void sigreg_statistic(const Tensor& sums, const Tensor& count, const Tensor& knots, Tensor out) {
+  const int64_t V = sums.size(0), J = sums.size(2), K = sums.size(3);
+  const float *in = floats(sums), *rows = floats(count);
+  const double *phi = knots.const_data_ptr<double>(), *weight = phi + J;
+  float* statistic = out.mutable_data_ptr<float>();
+  for_each_block(V, K, [&](int64_t v, int64_t k, int width) {
+    const double scale = rows[v] == 0 ? 0 : 1 / double(rows[v]);
+    const float *cosine = in + v * 2 * J * K + k, *sine = cosine + J * K;
+    double total[kSlices] = {};
+    for (int64_t j = 0; j < J; ++j)
+      for (int i = 0; i < width; ++i) {
+        const double c = cosine[j * K + i] * scale - phi[j], s = sine[j * K + i] * scale;
+        total[i] += weight[j] * (c * c + s * s);
+      }
+    for (int i = 0; i < width; ++i) statistic[v * K + k + i] = rows[v] == 0 ? 0.f : float(total[i]);
+  });
+}
+
+// grad [V, K] -> out [V, 2, J, K]
+void sigreg_statistic_backward(const Tensor& grad, const Tensor& sums, const Tensor& count, const Tensor& knots,
+                               Tensor out) {
+  const int64_t V = sums.size(0), J = sums.size(2), K = sums.size(3);
+  const float *in = floats(sums), *rows = floats(count), *upstream = floats(grad);
+  const double *phi = knots.const_data_ptr<double>(), *weight = phi + J;
+  float* grad_sums = out.mutable_data_ptr<float>();
+  for_each_block(V, K, [&](int64_t v, int64_t k, int width) {
+    const double scale = rows[v] == 0 ? 0 : 1 / double(rows[v]);
+    const int64_t first = v * 2 * J * K + k;
+    const float* g = upstream + v * K + k;
+    for (int part = 0; part < 2; ++part)
+      for (int64_t j = 0; j < J; ++j) {
+        const int64_t at = first + (part * J + j) * K;
+        const double target = part == 0 ? phi[j] : 0, factor = 2 * weight[j] * scale;
+        for (int i = 0; i < width; ++i)
+          grad_sums[at + i] = rows[v] == 0 ? 0.f : float(g[i] * factor * (in[at + i] * scale - target));
+      }
+  });
+}
+
 }  // namespace jepa_fast::CPU_CAPABILITY
 
-JEPA_FAST_CPU(JEPA_FAST_IMPL(sigreg_add_sums) JEPA_FAST_IMPL(sigreg_gradient_))
+JEPA_FAST_CPU(JEPA_FAST_IMPL(sigreg_add_sums) JEPA_FAST_IMPL(sigreg_gradient_) JEPA_FAST_IMPL(sigreg_statistic)
+              JEPA_FAST_IMPL(sigreg_statistic_backward))

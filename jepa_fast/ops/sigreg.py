@@ -44,7 +44,7 @@ def _projections(x: Tensor, directions: Tensor, row_mask: Tensor | None) -> Iter
     """x @ directions piece by piece, in memory used again and again: p [groups, rows, K], its mask, its place."""
     V, N, D = x.shape
     K = directions.shape[1]
-    x = x.detach().reshape(V * N, D).contiguous()
+    x = x.reshape(V * N, D).contiguous()
     mask = None if row_mask is None else row_mask.reshape(-1)
     height = PIECE * torch.get_num_threads() // K // 64 * 64  # a multiple of the rows that are added up in float32
     room = x.new_empty(min(height, V * N) * K)
@@ -122,7 +122,9 @@ def _save_sums(ctx, inputs, output):
 
 def _sums_backward(ctx, grad):
     _refuse_second_derivative()
-    return torch.ops.jepa_fast.sigreg_sums_backward(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None, None
+    x, directions, row_mask = ctx.saved_tensors
+    grad_x = torch.ops.jepa_fast.sigreg_sums_backward(grad, x.detach(), directions, row_mask, *ctx.grid)
+    return grad_x, None, None, None, None, None
 
 
 def _save_statistic(ctx, inputs, output):
@@ -132,7 +134,8 @@ def _save_statistic(ctx, inputs, output):
 
 def _statistic_backward(ctx, grad):
     _refuse_second_derivative()
-    grad_sums = torch.ops.jepa_fast.sigreg_statistic_backward(grad, *ctx.saved_tensors, ctx.phi, ctx.weights)
+    sums, count = ctx.saved_tensors
+    grad_sums = torch.ops.jepa_fast.sigreg_statistic_backward(grad, sums.detach(), count, ctx.phi, ctx.weights)
     return grad_sums, None, None, None
 
 

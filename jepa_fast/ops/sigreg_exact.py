@@ -34,7 +34,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad):
     if torch.is_grad_enabled():  # create_graph: the graph would end here without a word
         raise RuntimeError("sigreg_exact cannot be differentiated twice")
-    grad_x = torch.ops.jepa_fast.sigreg_exact_backward(grad, *ctx.saved_tensors, *ctx.quadrature)
+    x, row_mask = ctx.saved_tensors
+    grad_x = torch.ops.jepa_fast.sigreg_exact_backward(grad, x.detach(), row_mask, *ctx.quadrature)
     return grad_x, None, None, None, None, None
 
 

@@ -58,7 +58,7 @@ def _groups(x: Tensor, row_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor
     """Rows [N, D] float64 and which of them count, [N] of 0 and 1; the others are 0, whatever they hold."""
     for v in range(x.shape[0]):
         keep = x.new_ones(x.shape[1], dtype=torch.float64) if row_mask is None else row_mask[v].double()
-        yield x[v].detach().double().masked_fill(keep.unsqueeze(1) == 0, 0), keep
+        yield x[v].double().masked_fill(keep.unsqueeze(1) == 0, 0), keep
 
 
 def _distances(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
