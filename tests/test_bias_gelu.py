@@ -41,7 +41,7 @@ def test_every_element_keeps_its_relative_accuracy():
     exact, exact_slope = gelu_and_slope(x.detach())
     assert float(((out.detach() - exact) / exact).abs().nan_to_num(0).max()) < 1e-5
     near = x.detach() > -2
-    assert float(((out.detach() - exact) / exact).abs()[near].nan_to_num(0).max()) < 3e-7
+    assert float(((out.detach() - exact) / exact).abs()[near].nan_to_num(0).max()) < 5e-7
     far = (x.detach() + 0.7518).abs() > 0.3  # from the root of the slope
     assert float(((slope - exact_slope) / exact_slope).abs()[far].max()) < 1e-5
     assert float((slope - exact_slope).abs().max()) < 3e-7

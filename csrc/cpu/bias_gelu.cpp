@@ -2,7 +2,7 @@
 //
 // With t = |z|:  Phi(-t) = exp(-t^2 / 2) R(t), and R(t) is a polynomial of (t - 1) / (t + 3), minimax by Lawson's
 // iteration, relative error 1.1e-8 on [0, 15]. The small tail is what is computed, never 1 minus a number near 1, so
-// that gelu keeps its relative accuracy (3e-7 for z > -2, 1e-5 everywhere) where 1 + erf(z / sqrt 2) cancels. As with
+// that gelu keeps its relative accuracy (4e-7 for z > -2, 1e-5 everywhere) where 1 + erf(z / sqrt 2) cancels. As with
 // PyTorch's vectors, infinity gives NaN.
 // The bias gradient is summed in float32 over kBlockRows rows and in double over the blocks, in their order: the result
 // does not depend on the number of threads.
