@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -173,20 +174,22 @@ inline Vec log2(Vec x) {
   return fma(p * t, broadcast(1.44269504f), __builtin_convertvector(n, Vec)) + (x - x);
 }
 
-// rows of a square block become columns
+// rows of a square block become columns: lanes kStep apart change places between rows kStep apart
+template <int kStep, int... kLane>
+inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  const Vec low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+#else
+  const Vec low = __builtin_shuffle(a, b, IVec{(kLane & kStep ? kLanes + kLane - kStep : kLane)...});
+  b = __builtin_shuffle(a, b, IVec{(kLane & kStep ? kLanes + kLane : kLane + kStep)...});
+#endif
+  a = low;
+}
 template <int kStep>
 inline void transpose_step(Vec* rows) {
-  IVec low, high;  // lanes kStep apart change places between rows kStep apart
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & kStep ? kLanes + i - kStep : i;
-    high[i] = i & kStep ? kLanes + i : i + kStep;
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & kStep) continue;
-    const Vec a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
-  }
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
 }
 inline void transpose(Vec* rows) {
   transpose_step<1>(rows);
