@@ -30,14 +30,15 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation --editable ".[demo,test]"
+	$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test'], sep='\n')" > $(VENV)/test.txt
+	$(PIP) -c $(VENV)/constraints.txt --requirement $(VENV)/test.txt
 	touch $@
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jepa-fast train lejepa_mnist --eval
 
 test: $(VENV)/.tested
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 lint: $(VENV)/.tested
 	$(RUN) -m ruff check .

@@ -1,6 +1,6 @@
 """Builds the two native parts, and nothing else.
 
-`jepa_fast/_C.so`       csrc/bindings.cpp and csrc/cpu/*.cpp against PyTorch's stable ABI: tensor ops. No Python ABI in it.
+`jepa_fast/_C.so`       csrc/bindings.cpp and csrc/cpu/*.cpp against PyTorch's stable ABI: tensor ops, no Python ABI.
 `jepa_fast/_masking`    csrc/masking/*.cpp with pybind11: mask samplers.
 
 Both are optional: without a C++ compiler (or without torch at build time) the package installs and runs on plain

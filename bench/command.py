@@ -18,7 +18,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     what: Annotated[Literal["ops", "step"], tyro.conf.Positional]
-    repeats: int = 7                       # rounds over all providers
+    repeats: int = 5                       # rounds over all providers
     only: str = ""                         # benches whose name contains this
     batch_size: int = 16                   # of `step`
     image_size: int = 224                  # of `step`

@@ -3,7 +3,6 @@
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,31 +65,6 @@ def peak_memory_bytes(call: Callable[[], object]) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
-
-
-class RssPeak:
-    """Largest resident memory of this process during the block, above its start, sampled every millisecond."""
-
-    def __enter__(self):
-        self._start = self._read()
-        self.bytes, self._running = 0, True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self):
-        while self._running:
-            self.bytes = max(self.bytes, self._read() - self._start)
-            time.sleep(0.001)
-
-    def __exit__(self, *_):
-        self._running = False
-        self._thread.join()
-
-    @staticmethod
-    def _read() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
 
 
 def commit() -> str:

@@ -152,4 +152,4 @@ class OfficialStyleStep:
         with torch.no_grad():
             for q, k in zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True):
                 k.mul_(self.momentum).add_((1.0 - self.momentum) * q)
-        return float(loss)
+        return float(loss.detach())

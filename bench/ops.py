@@ -155,7 +155,7 @@ def sigreg(V: int, N: int, D: int, K: int, case: str) -> Bench:
 
 def adamw_ema(case: str, config) -> Bench:
     """The optimizer step and the moving average over all parameters of an objective."""
-    from jepa_fast.optim import AdamWEMA, param_groups
+    from jepa_fast.optim import AdamWEMA
 
     torch.manual_seed(0)
     baseline, fused = config.build(), config.build()

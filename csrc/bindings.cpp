@@ -62,6 +62,8 @@ STABLE_TORCH_LIBRARY(jepa_fast_C, m) {
   m.def("sigreg_statistic_backward(Tensor grad, Tensor sums, Tensor count, Tensor knots, Tensor(a!) out) -> ()");
   m.def("directions(Tensor step, int seed, Tensor(a!) out) -> ()");
   m.def("philox_words(Tensor step, int seed, int first, Tensor(a!) words) -> ()");
+  m.def("bias_gelu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
+  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) grad_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_fast_C, CPU, m) {

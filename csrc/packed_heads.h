@@ -8,6 +8,10 @@
 #include <limits>
 #include <memory>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace jepa_fast::CPU_CAPABILITY {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
@@ -79,6 +83,19 @@ class Prefetch {
   int64_t num_parts_ = 0, part_ = 0, num_rows_ = 0;
 };
 
+// numbers below 2^-126 are 0 while one of these lives: probabilities of saturated scores come out that small, and
+// arithmetic on them takes a hundred times as long
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_ = _mm_getcsr();
+#endif
+};
+
 // tasks handed to threads as they become free; what a task computes does not depend on who computes it
 template <typename Kernel>
 void run(const Kernel& kernel, const std::vector<Task>& tasks, int64_t d) {
@@ -96,6 +113,7 @@ void run(const Kernel& kernel, const std::vector<Task>& tasks, int64_t d) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const std::unique_ptr<float[]> memory(new float[floats + 16]());
+    [[maybe_unused]] const FlushDenormals flush;
     const Scratch scratch{memory.get() + 16 - reinterpret_cast<uintptr_t>(memory.get()) / 4 % 16};
     for (int64_t begin; (begin = next.fetch_add(step)) < count;)
       for (int64_t i = begin, end = std::min(begin + step, count); i < end; ++i)

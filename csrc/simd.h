@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -43,15 +44,25 @@ inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 
 inline Vec load(const bf16* p) {
+#if defined(__AVX512F__)  // one instruction; the compiler takes six for the conversion below
+  return (Vec)((UVec)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (Vec)((UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   const HVec h = *reinterpret_cast<const HVecUnaligned*>(p);
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
+#endif
 }
 inline void store(bf16* p, Vec v) {  // round to nearest even; NaN stays NaN
   const UVec u = (UVec)v;
   const UVec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const UVec is_nan = (UVec)(v != v);
   const UVec bits = (is_nan & 0x7fc0) | (~is_nan & rounded);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
+#else
   *reinterpret_cast<HVecUnaligned*>(p) = __builtin_convertvector(bits, HVec);
+#endif
 }
 
 inline float to_float(float x) { return x; }
@@ -114,12 +125,24 @@ inline Vec times_power_of_2(Vec x, Vec n) {  // x * 2^n for whole n in [-127, 12
 #endif
 }
 inline Vec min(Vec a, Vec b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
   const IVec is_less = a < b;
   return (Vec)(((IVec)a & is_less) | ((IVec)b & ~is_less));
+#endif
 }
 inline Vec max(Vec a, Vec b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
   const IVec is_more = a > b;
   return (Vec)(((IVec)a & is_more) | ((IVec)b & ~is_more));
+#endif
 }
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
@@ -151,20 +174,22 @@ inline Vec log2(Vec x) {
   return fma(p * t, broadcast(1.44269504f), __builtin_convertvector(n, Vec)) + (x - x);
 }
 
-// rows of a square block become columns
+// rows of a square block become columns: lanes kStep apart change places between rows kStep apart
+template <int kStep, int... kLane>
+inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  const Vec low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+#else
+  const Vec low = __builtin_shuffle(a, b, IVec{(kLane & kStep ? kLanes + kLane - kStep : kLane)...});
+  b = __builtin_shuffle(a, b, IVec{(kLane & kStep ? kLanes + kLane : kLane + kStep)...});
+#endif
+  a = low;
+}
 template <int kStep>
 inline void transpose_step(Vec* rows) {
-  IVec low, high;  // lanes kStep apart change places between rows kStep apart
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & kStep ? kLanes + i - kStep : i;
-    high[i] = i & kStep ? kLanes + i : i + kStep;
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & kStep) continue;
-    const Vec a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
-  }
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
 }
 inline void transpose(Vec* rows) {
   transpose_step<1>(rows);

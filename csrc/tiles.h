@@ -1,8 +1,8 @@
 // Tiles that stay in cache: rows moved in and out of them, and small matrix products C (+)= A B in float32.
 //
-// In a product A is read one number at a time and broadcast, with any two strides, so A and its transpose cost the same. B and C have
-// contiguous rows of whole vectors. A block of C stays in registers over all of K: 14 x 2 or 9 x 3 vectors of the 32
-// that AVX-512 has, 6 x 2 or 4 x 3 of 16. Sums run over k in order, whatever the blocking.
+// In a product A is read one number at a time and broadcast, with any two strides, so A and its transpose cost the same.
+// B and C have contiguous rows of whole vectors. A block of C stays in registers over all of K: 14 x 2 or 9 x 3 vectors
+// of the 32 that AVX-512 has, 6 x 2 or 4 x 3 of 16. Sums run over k in order, whatever the blocking.
 #pragma once
 
 #include "simd.h"
@@ -83,14 +83,14 @@ void tile_gemm(int64_t M, int64_t vecs, int64_t K, Matrix a, Rows b, Rows c) {
   }
 }
 
-// n rows of d numbers -> float32 rows `width` apart
+// n rows of d numbers -> float32 rows `width` apart, times a factor
 template <typename T>
-void copy_rows(const T* src, int64_t stride, int64_t n, int64_t d, float* dst, int64_t width) {
+void copy_rows(const T* src, int64_t stride, int64_t n, int64_t d, float* dst, int64_t width, float factor = 1.f) {
   for (int64_t i = 0; i < n; ++i, src += stride, dst += width) {
     int64_t c = 0;
-    for (; c + kLanes <= d; c += kLanes) store(dst + c, load(src + c));
-    if (c < d && d > kLanes) store(dst + d - kLanes, load(src + d - kLanes));  // overlaps what is already there
-    else for (; c < d; ++c) dst[c] = to_float(src[c]);
+    for (; c + kLanes <= d; c += kLanes) store(dst + c, load(src + c) * factor);
+    if (c < d && d > kLanes) store(dst + d - kLanes, load(src + d - kLanes) * factor);  // again what is there already
+    else for (; c < d; ++c) dst[c] = to_float(src[c]) * factor;
   }
 }
 

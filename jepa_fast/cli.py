@@ -19,8 +19,9 @@ USAGE = """usage: jepa-fast COMMAND ...
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
-train also takes --run-dir DIR (where to write; default runs/NAME), --resume (go on from the last checkpoint there),
---eval (probe the encoder at the end) and --help after a recipe's name for all of its fields. --debug anywhere shows tracebacks."""
+train also takes --run-dir DIR (where to write; default runs/NAME), --resume (go on from the checkpoint there),
+--eval (probe the encoder at the end) and --help after a recipe's name for all of its fields.
+--debug anywhere shows tracebacks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: list[str]) -> None:
     arguments, rest = split_train_arguments(argv)
-    from . import recipes
     from .train.loop import train as run_training
 
     recipe = chosen_recipe(arguments)

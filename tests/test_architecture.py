@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "info": {"ops"},
     "cli": {"train", "recipes", "eval", "ops", "info", "checkpoints"},
     "testing": {"ops", "reference", "optim", "masking"},
-    "__init__": {"ops", "nn", "models", "masking", "optim", "recipes", "testing"},
+    "__init__": set(),
 }
 
 
@@ -89,8 +89,8 @@ def test_an_op_has_one_file_name_in_every_room():
     for room, pattern in (("reference", "*.py"), ("testing", "*.py")):
         files = {path.stem for path in (PACKAGE / room).glob(pattern) if not path.stem.startswith("_")}
         assert files - SHARED_BY_REFERENCES == ops, f"{room}: {files ^ ops}"
-    compiled = {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")}
-    assert compiled <= ops, compiled - ops
+    for path in (ROOT / "csrc/cpu").glob("*.cpp"):  # a long op may be split: sigreg.cpp, sigreg_statistic.cpp
+        assert any(path.stem == op or path.stem.startswith(f"{op}_") for op in ops), path
 
 
 def test_importing_touches_nothing():

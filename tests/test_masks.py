@@ -29,7 +29,7 @@ def pack_by_loop(masks: Masks) -> dict:
     targets = masks.target_idx.split(masks.target_lengths.flatten().tolist())
     first_row = [sum(len(part) for part in contexts[:i]) for i in range(E * B)]
     mask_row = sum(len(part) for part in contexts)
-    idx, position, cu_seqlens, prediction, prediction_target = [], [], [0], [], []
+    idx, position, cu_seqlens, prediction, prediction_target, lengths = [], [], [0], [], [], []
     for m in range(M):
         for e in range(E):
             for b in range(B):
@@ -37,6 +37,7 @@ def pack_by_loop(masks: Masks) -> dict:
                 idx += [first_row[e * B + b] + i for i in range(len(context))]
                 prediction += [len(idx) + i for i in range(len(target))]
                 prediction_target += [b * N + token for token in target]
+                lengths.append(len(target))
                 idx += [mask_row] * len(target)
                 position += context + target
                 cu_seqlens.append(len(idx))
@@ -47,6 +48,8 @@ def pack_by_loop(masks: Masks) -> dict:
         "predictor_idx": idx, "predictor_position": position, "predictor_cu_seqlens": cu_seqlens,
         "predictor_max_seqlen": max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)),
         "prediction_idx": prediction, "prediction_target_idx": prediction_target,
+        "prediction_cu_seqlens": [sum(lengths[:i]) for i in range(len(lengths) + 1)],
+        "prediction_max_seqlen": max(lengths), "prediction_lengths": lengths if len(set(lengths)) > 1 else None,
         "full_cu_seqlens": [b * N for b in range(B + 1)],
         "batch_size": B, "num_tokens": N, "num_contexts": E, "num_targets": M}
 

@@ -89,6 +89,20 @@ def test_two_runs_are_bit_equal(spec, backend):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("spec, backend", FAST)
+def test_number_of_threads_does_not_matter(spec, backend):
+    case, before = spec.cases[-1], torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(testing.run_three_ways(spec, case, backend, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for ours, plain, exact in results:
+        assert_rule(spec, ours, plain, exact)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiles_as_one_graph(spec):
     case = spec.cases[len(spec.cases) // 2]

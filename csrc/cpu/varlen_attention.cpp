@@ -3,8 +3,7 @@
 // One task is one head of one sequence, at most kQueryChunk of its queries. Its Q, and its K and V a tile of keys at a
 // time, are copied once into float32 rows that stay in L2; the scores of one tile stay in L1. They lie transposed,
 // [keys, queries]: a query is a lane, so softmax needs no sum across lanes and neither K nor V is transposed.
-// Exponentials are powers of 2, with log2(e) folded into the scale. With more than one tile of keys a running maximum
-// rescales the sums (arXiv:2205.14135).
+// With more than one tile of keys a running maximum rescales the sums (arXiv:2205.14135).
 // q, k, v, out [P, H, d] with any strides but a contiguous last dimension; lse [H, P] float32 contiguous.
 #include "../packed_heads.h"
 
@@ -15,7 +14,7 @@ constexpr int64_t kQueryChunk = 256;
 constexpr int64_t kKeyTile = 256;
 constexpr int64_t kMaxVecs = 3;  // vectors of queries in a tile of scores
 
-// scores [keys, width] -> exp2(scores - maximum); moves the running maximum and sum, returns the old sum's factor
+// scores [keys, width] -> exp(scores - maximum); moves the running maximum and sum, returns the old sum's factor
 void softmax_columns(float* scores, int64_t keys, int64_t width, bool is_first, float* maximum, float* total,
                      float* factor) {
   for (int64_t j = 0; j < width; j += kLanes) {
@@ -28,13 +27,13 @@ void softmax_columns(float* scores, int64_t keys, int64_t width, bool is_first, 
     for (; i < keys; ++i) high[0] = max(high[0], load(s + i * width));
     const Vec after = max(max(high[0], high[1]), max(high[2], high[3]));
     store(maximum + j, after);
-    store(factor + j, is_first ? Vec{} : exp2(before - after));
+    store(factor + j, is_first ? Vec{} : exp2((before - after) * kLog2e));
   }
   for (int64_t j = 0; j < width; j += kLanes) {
     const Vec high = load(maximum + j);
     Vec sum = is_first ? Vec{} : load(total + j) * load(factor + j);
     for (int64_t i = 0; i < keys; ++i) {
-      const Vec p = exp2(load(scores + i * width + j) - high);
+      const Vec p = exp2((load(scores + i * width + j) - high) * kLog2e);
       store(scores + i * width + j, p);
       sum += p;
     }
@@ -86,7 +85,7 @@ struct Forward {
         vecs = left == 3 ? 3 : std::min<int64_t>(left, 2);
         const int64_t w = vecs * kLanes, queries = std::min(w, n - i);
         float* qi = q_columns + i * d;
-        if (t == 0) copy_transposed(q.at(query + i, h), q.token, queries, d, scale * kLog2e, qi, w);
+        if (t == 0) copy_transposed(q.at(query + i, h), q.token, queries, d, scale, qi, w);
         prefetch.fetch(fetch);
         tile_gemm<false>(keys, vecs, d, {k_rows, d, 1}, {qi, w}, {scores, w});
         prefetch.fetch(fetch);
@@ -107,7 +106,7 @@ struct Forward {
     for (int64_t i = 0; i < rows; i += kLanes) {
       const Vec sum = load(total + i);
       store(factor + i, 1.f / sum);
-      store(total + i, (load(maximum + i) + log2(sum)) * kLn2);
+      store(total + i, fma(log2(sum), broadcast(kLn2), load(maximum + i)));
     }
     std::memcpy(lse + h * P + query, total, n * sizeof(float));
     write_rows(sums, width, n, d, factor, 1, out.at(query, h), out.token);

@@ -2,7 +2,8 @@
 //
 // One task is one head of one sequence and writes all of its dq, dk, dv: no atomics, a fixed order of sums. Scores are
 // recomputed, [queries, keys], a block of queries against a tile of keys: K^T, V^T and the sums of dk and dv of a tile
-// stay in L2 while all queries pass by; probabilities and their gradients of one block stay in L1.
+// stay in L2 while all queries pass by; probabilities and their gradients of one block stay in L1. The scale goes into Q,
+// as in the forward, so that scores come out equal to the last bit and probabilities add up to 1.
 // q, k, v, out, gradients [P, H, d] with any strides but a contiguous last dimension; lse [H, P] float32 contiguous.
 #include "../packed_heads.h"
 
@@ -35,7 +36,7 @@ struct Backward {
   int64_t scratch_floats(int64_t queries, int64_t keys) const {
     const int64_t tile = whole_vectors(std::min(keys, kKeyTile)), block = std::min(queries, kScores / kLanes);
     return 2 * Scratch::size(tile * d) + 3 * Scratch::size(tile * width) + 2 * (kScores + kMinQueries * tile) +
-           2 * Scratch::size(block * width) + Scratch::size(queries * width) + 2 * Scratch::size(queries);
+           2 * Scratch::size(block * width) + Scratch::size(queries * width) + Scratch::size(queries);
   }
 
   void operator()(const Task& task, const Task* next, Scratch scratch) const {
@@ -51,7 +52,7 @@ struct Backward {
           *k_rows = scratch.take(tile * width), *dk_sums = scratch.take(tile * width),
           *dv_sums = scratch.take(tile * width), *p = scratch.take(block * tile), *ds = scratch.take(block * tile),
           *q_rows = scratch.take(block * width), *grad_rows = scratch.take(block * width),
-          *dq_sums = scratch.take(n * width), *shift = scratch.take(n), *inner = scratch.take(n);
+          *dq_sums = scratch.take(n * width), *inner = scratch.take(n);
     Prefetch prefetch;
     prefetch.add(dq, query, n, h, d);
     prefetch.add(dk, key, num_keys, h, d);
@@ -64,27 +65,24 @@ struct Backward {
       prefetch.add(q, next->query, next->num_queries, next->head, d);
     }
     const int64_t fetch = divide_up(prefetch.num_rows(), 5 * tiles * blocks);
-    for (int64_t i = 0; i < n; ++i) {
-      shift[i] = lse[h * P + query + i] * kLog2e;
-      inner[i] = dot(grad.at(query + i, h), out.at(query + i, h), d);
-    }
+    for (int64_t i = 0; i < n; ++i) inner[i] = dot(grad.at(query + i, h), out.at(query + i, h), d);
     for (int64_t t = 0, begin = 0; t < tiles; ++t) {
       const int64_t keys = (num_keys - begin) / (tiles - t), w = whole_vectors(keys);
-      copy_transposed(k.at(key + begin, h), k.token, keys, d, scale * kLog2e, k_columns, w);
+      copy_transposed(k.at(key + begin, h), k.token, keys, d, 1.f, k_columns, w);
       copy_transposed(v.at(key + begin, h), v.token, keys, d, 1.f, v_columns, w);
       copy_rows(k.at(key + begin, h), k.token, keys, d, k_rows, width);
       for (int64_t b = 0, i = 0; b < blocks; ++b) {
         const int64_t rows = (n - i) / (blocks - b);
-        copy_rows(q.at(query + i, h), q.token, rows, d, q_rows, width);
+        copy_rows(q.at(query + i, h), q.token, rows, d, q_rows, width, scale);
         copy_rows(grad.at(query + i, h), grad.token, rows, d, grad_rows, width);
         prefetch.fetch(fetch);
         tile_gemm<false>(rows, w / kLanes, d, {q_rows, width, 1}, {k_columns, w}, {p, w});
         prefetch.fetch(fetch);
         tile_gemm<false>(rows, w / kLanes, d, {grad_rows, width, 1}, {v_columns, w}, {ds, w});
         for (int64_t r = 0; r < rows; ++r) {
-          const Vec row_shift = broadcast(shift[i + r]), row_inner = broadcast(inner[i + r]);
+          const Vec shift = broadcast(lse[h * P + query + i + r]), row_inner = broadcast(inner[i + r]);
           for (int64_t j = r * w; j < (r + 1) * w; j += kLanes) {
-            const Vec probability = exp2(load(p + j) - row_shift);
+            const Vec probability = exp2((load(p + j) - shift) * kLog2e);
             store(p + j, probability);
             store(ds + j, probability * (load(ds + j) - row_inner));
           }
@@ -101,7 +99,7 @@ struct Backward {
       }
       const float one = 1.f;
       write_rows(dv_sums, width, keys, d, &one, 0, dv.at(key + begin, h), dv.token);
-      write_rows(dk_sums, width, keys, d, &scale, 0, dk.at(key + begin, h), dk.token);
+      write_rows(dk_sums, width, keys, d, &one, 0, dk.at(key + begin, h), dk.token);
       begin += keys;
     }
     write_rows(dq_sums, width, n, d, &scale, 0, dq.at(query, h), dq.token);

@@ -82,6 +82,8 @@ class Masks:
             predictor_max_seqlen=int(sequence_lengths.max()),
             prediction_idx=prediction_idx,
             prediction_target_idx=target_rows.index_select(0, prediction_target),
+            prediction_cu_seqlens=_cu_seqlens(target_pieces),
+            prediction_max_seqlen=int(target_lengths.max()),
             prediction_lengths=None if is_uniform else target_pieces,
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32),
             batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
@@ -106,6 +108,8 @@ class PackedMasks:
     predictor_max_seqlen: int
     prediction_idx: Tensor          # [Q]: row of the predictor output, ordered (m, e, b, token)
     prediction_target_idx: Tensor   # [Q]: row of [B*N] each prediction is compared with
+    prediction_cu_seqlens: Tensor   # [M*E*B + 1]: which predictions belong to which sequence
+    prediction_max_seqlen: int
     prediction_lengths: Tensor | None   # [M*E*B]: predictions per sequence; None where all are equal
     full_cu_seqlens: Tensor         # [B + 1]: whole samples, for the target encoder
     batch_size: int                 # B

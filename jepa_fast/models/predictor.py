@@ -39,18 +39,20 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, predictor_idx: Tensor, predictor_position: Tensor, sequences: Sequences,
-                prediction_idx: Tensor) -> Tensor:
+                prediction_idx: Tensor, prediction_sequences: Sequences) -> Tensor:
         """context [P_c, D_encoder] -> predictions [P_t, D_encoder].
 
         predictor_idx [P] says where each token of the packed sequences comes from: a row of `context`, or P_c for the
-        mask token; predictor_position [P] is its place in the grid; prediction_idx [P_t] names the rows to return.
+        mask token; predictor_position [P] is its place in the grid; prediction_idx [P_t] names the rows to return, and
+        prediction_sequences says which of them belong to which of the sequences.
         """
         x = self.predictor_embed(context)
         # float32 residual stream under autocast, as official
         mask_token = self.mask_token.flatten(0, 1)
         x = torch.cat([x.to(mask_token.dtype), mask_token])
         x = gather_tokens(x, predictor_idx, self.predictor_pos_embed[0], predictor_position)
-        for block in self.predictor_blocks:
+        for block in self.predictor_blocks[:-1]:
             x = block(x, sequences)
-        x = gather_tokens(x, prediction_idx)  # the norm and projection of the other rows would be thrown away
+        # what the last block does to context tokens would be thrown away
+        x = self.predictor_blocks[-1].of_rows(x, sequences, prediction_idx, prediction_sequences)
         return self.predictor_proj(self.predictor_norm(x))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import varlen_attention_qkv
+from ..ops import bias_gelu, gather_tokens, varlen_attention, varlen_attention_qkv
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Attention(nn.Module):
         out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen)
         return self.proj(out.view(P, D))
 
+    def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
+        """Rows `rows` [Q] of forward(x): only they are queries; every row of x [P, D] is a key and a value."""
+        P, D = x.shape
+        heads = (self.num_heads, D // self.num_heads)
+        q = F.linear(gather_tokens(x, rows), self.qkv.weight[:D], self.qkv.bias[:D])
+        k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(P, 2, *heads).unbind(1)
+        out = varlen_attention(q.view(-1, *heads), k, v, row_sequences.cu_seqlens, row_sequences.max_seqlen,
+                               sequences.cu_seqlens, sequences.max_seqlen)
+        return self.proj(out.view(-1, D))
+
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int):
@@ -53,7 +63,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
 
 
 class Block(nn.Module):
@@ -74,6 +84,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         x = x + self._drop(self.attn(self.norm1(x), sequences), sequences)
         return x + self._drop(self.mlp(self.norm2(x)), sequences)
+
+    def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
+        """Rows `rows` [Q] of forward(x) -> [Q, D], where the others are not wanted: exact, without their share of work."""
+        attended = self.attn.of_rows(self.norm1(x), sequences, rows, row_sequences)
+        x = gather_tokens(x, rows) + self._drop(attended, row_sequences)
+        return x + self._drop(self.mlp(self.norm2(x)), row_sequences)
 
     def _drop(self, branch: Tensor, sequences: Sequences) -> Tensor:
         if not self.training or self.drop_path == 0.0:

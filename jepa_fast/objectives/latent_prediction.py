@@ -60,7 +60,8 @@ class LatentPrediction(nn.Module):
                                        Sequences(masks.context_cu_seqlens, masks.context_max_seqlen))
         sequences = Sequences(masks.predictor_cu_seqlens, masks.predictor_max_seqlen)
         prediction = self.predictor(context, masks.predictor_idx, masks.predictor_position, sequences,
-                                    masks.prediction_idx)
+                                    masks.prediction_idx,
+                                    Sequences(masks.prediction_cu_seqlens, masks.prediction_max_seqlen))
         return at_least_float32(prediction)
 
     def targets(self, images: Tensor, masks: PackedMasks) -> Tensor:

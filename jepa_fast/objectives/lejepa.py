@@ -14,7 +14,6 @@ from ..models.resnet import ResNetConfig
 from ..nn.block import at_least_float32
 from ..nn.projector import Projector
 from ..nn.sigreg import SIGReg
-from ..ops import Quadrature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,8 @@ class LeJEPA(nn.Module):
         self.encoder = config.encoder.build()
         self.projector = Projector(config.encoder.num_features, config.projector)
         # counter-based directions: the same on every rank and device, and nothing for the host to read
-        self.sigreg = SIGReg.from_preset("official", num_slices=config.sigreg.num_slices, rng="philox",
-                                         quadrature=Quadrature.half_line(config.sigreg.t_max, config.sigreg.num_knots))
+        self.sigreg = SIGReg.from_preset("official", num_slices=config.sigreg.num_slices, t_max=config.sigreg.t_max,
+                                         num_knots=config.sigreg.num_knots, rng="philox")
 
     def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
         return batch

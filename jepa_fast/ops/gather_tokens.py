@@ -1,4 +1,4 @@
-"""Rows by index with positions added (`gather_tokens`), and rows put back (`scatter_tokens`); each is the other's backward."""
+"""Rows by index with positions added (`gather_tokens`) and rows put back (`scatter_tokens`), each the other's backward."""
 
 import torch
 from torch import Tensor

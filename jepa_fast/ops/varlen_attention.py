@@ -1,13 +1,13 @@
 """Attention over packed sequences (flash-attention's `cu_seqlens` contract): q, k, v apart, or one packed qkv."""
 
-from collections.abc import Callable, Iterator
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
 from ..reference import varlen_attention as reference
-from ._define import Implementation, Missing, Slower, compiled, define
+from ._define import Implementation, Slower, compiled, define
+from ._torch_attention import backward as _torch_backward
+from ._torch_attention import empty_lse, whole_rows
+from ._torch_attention import forward as _torch
 
 _MAX_HEAD_DIM = 256
 
@@ -35,18 +35,9 @@ def _check_cu_seqlens(what, cu_seqlens, rows_of, rows, what_longest, longest):
         raise ValueError(f"{what_longest} must be at least the longest sequence, {max(lengths)}, got {longest}")
 
 
-def _rows(t: Tensor) -> Tensor:
-    """What the kernels read: any strides, but whole rows."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
 def _cpp(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    out, lse = q.new_empty(q.shape), _empty_lse(q)
-    torch.ops.jepa_fast_C.varlen_attention(_rows(q), _rows(k), _rows(v), cu_seqlens_q.contiguous(),
+    out, lse = q.new_empty(q.shape), empty_lse(q)
+    torch.ops.jepa_fast_C.varlen_attention(*map(whole_rows, (q, k, v)), cu_seqlens_q.contiguous(),
                                            cu_seqlens_k.contiguous(), scale, out, lse)
     return out, lse
 
@@ -54,64 +45,15 @@ def _cpp(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
 def _cpp_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
     into = into or tuple(t.new_empty(t.shape) for t in (q, k, v))
     torch.ops.jepa_fast_C.varlen_attention_backward(
-        _rows(grad), _rows(q), _rows(k), _rows(v), _rows(out), lse.contiguous(), cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(), scale, *into)
-    return into
-
-
-def _runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """Neighbouring sequences of equal lengths, none of them 0: their rows of q, their rows of k, how many."""
-    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    lengths = [(q[s + 1] - q[s], k[s + 1] - k[s]) for s in range(len(q) - 1)]
-    first = 0
-    for length, run in groupby(lengths):
-        last = first + len(list(run))
-        if all(length):  # PyTorch's own dies of a division by zero without rows
-            yield slice(q[first], q[last]), slice(k[first], k[last]), last - first
-        first = last
-
-
-def _batched(t: Tensor, rows: slice, count: int) -> Tensor:
-    """Rows of count sequences as PyTorch's attention takes them, [count, H, N, d]: a view."""
-    return t[rows].unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _batched_lse(lse: Tensor, rows: slice, count: int) -> Tensor:
-    return lse[:, rows].unflatten(1, (count, -1)).transpose(0, 1)
-
-
-def _torch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    out, lse = q.new_zeros(q.shape), _empty_lse(q).fill_(-torch.inf)
-    for rows, keys, count in _runs(cu_seqlens_q, cu_seqlens_k):
-        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _batched(q, rows, count), _batched(k, keys, count), _batched(v, keys, count), scale=scale)
-        _batched_lse(lse, rows, count).copy_(results[1])
-        if rows.stop - rows.start == q.shape[0]:  # all lengths are equal: nothing to put together
-            return results[0].transpose(1, 2).flatten(0, 1), lse
-        _batched(out, rows, count).copy_(results[0])
-    return out, lse
-
-
-def _torch_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
-    into = into or tuple(t.new_empty(t.shape) for t in (q, k, v))
-    runs = list(_runs(cu_seqlens_q, cu_seqlens_k))
-    if sum(rows.stop - rows.start for rows, _, _ in runs) < q.shape[0]:
-        into[0].zero_()
-    if sum(keys.stop - keys.start for _, keys, _ in runs) < k.shape[0]:
-        into[1].zero_(), into[2].zero_()
-    for rows, keys, count in runs:
-        inputs = [_batched(t, part, count) for t, part in ((grad, rows), (q, rows), (k, keys), (v, keys), (out, rows))]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, _batched_lse(lse, rows, count), 0.0, False, scale=scale)
-        for t, part, g in zip(into, (rows, keys, keys), grads, strict=True):
-            _batched(t, part, count).copy_(g)
+        *map(whole_rows, (grad, q, k, v, out)), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+        scale, *into)
     return into
 
 
 def _qkv_forward(function):
     """A forward of q, k, v apart, on views of a packed qkv."""
     def forward(qkv, cu_seqlens, max_seqlen, scale):
-        return function(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
+        return function(*whole_rows(qkv).unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
     return forward
 
 
@@ -119,15 +61,10 @@ def _qkv_backward(function):
     """A backward of q, k, v apart, writing into views of one packed dqkv."""
     def backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale):
         dqkv = qkv.new_empty(qkv.shape)
-        function(grad, *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, dqkv.unbind(1))
+        function(grad, *whole_rows(qkv).unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale,
+                 dqkv.unbind(1))
         return dqkv
     return backward
-
-
-def _with_torch(function: Callable) -> Implementation:
-    """PyTorch's own attention for CPU tensors, where this build has it."""
-    missing = None if hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") else "not in this PyTorch"
-    return Missing(missing) if missing else Implementation(function, ("cpu",))
 
 
 def _has_bf16_matrix_unit() -> bool:
@@ -158,27 +95,30 @@ def _for_qkv(slower: Slower) -> Slower:
 
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor)",
-       plain=reference.varlen_attention, cpp=compiled("varlen_attention", call=_cpp, slower=_SLOWER), torch=_with_torch(_torch),
-       check=_check_lengths)
+       plain=reference.varlen_attention, check=_check_lengths,
+       cpp=compiled("varlen_attention", call=_cpp, slower=_SLOWER),
+       torch=Implementation(_torch, ("cpu",)))
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}) "
        "-> (Tensor, Tensor, Tensor)",
-       plain=reference.varlen_attention_backward, cpp=compiled("varlen_attention_backward", call=_cpp_backward, slower=_SLOWER_BACKWARD),
-       torch=_with_torch(_torch_backward), check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest))
+       plain=reference.varlen_attention_backward,
+       check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest),
+       cpp=compiled("varlen_attention_backward", call=_cpp_backward, slower=_SLOWER_BACKWARD),
+       torch=Implementation(_torch_backward, ("cpu",)))
 define("varlen_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor, Tensor)",
-       plain=reference.varlen_attention_qkv, cpp=compiled("varlen_attention", call=_qkv_forward(_cpp), slower=_for_qkv(_SLOWER)),
-       torch=_with_torch(_qkv_forward(_torch)), check=_check_qkv)
+       plain=reference.varlen_attention_qkv, check=_check_qkv,
+       cpp=compiled("varlen_attention", call=_qkv_forward(_cpp), slower=_for_qkv(_SLOWER)),
+       torch=Implementation(_qkv_forward(_torch), ("cpu",)))
 define("varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
        "SymInt max_seqlen, float scale) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
-       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_cpp_backward),
-                    slower=_for_qkv(_SLOWER_BACKWARD)),
-       torch=_with_torch(_qkv_backward(_torch_backward)),
-       check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest))
+       check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest),
+       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_cpp_backward), slower=_for_qkv(_SLOWER_BACKWARD)),
+       torch=Implementation(_qkv_backward(_torch_backward), ("cpu",)))
 
 
 @torch.library.register_fake("jepa_fast::varlen_attention")
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    return q.new_empty(q.shape), _empty_lse(q)
+    return q.new_empty(q.shape), empty_lse(q)
 
 
 @torch.library.register_fake("jepa_fast::varlen_attention_backward")
@@ -189,7 +129,7 @@ def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seq
 @torch.library.register_fake("jepa_fast::varlen_attention_qkv")
 def _(qkv, cu_seqlens, max_seqlen, scale):
     q = qkv[:, 0]
-    return q.new_empty(q.shape), _empty_lse(q)
+    return q.new_empty(q.shape), empty_lse(q)
 
 
 @torch.library.register_fake("jepa_fast::varlen_attention_qkv_backward")

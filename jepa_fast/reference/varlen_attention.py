@@ -17,7 +17,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
                      max_seqlen_k: int, scale: float) -> tuple[Tensor, Tensor]:
     """q [P_q, H, d], k, v [P_k, H, d] -> out as q, lse [H, P_q] in the dtype of the arithmetic (float32 at least)."""
     qf, kf, vf = (_widen(t) for t in (q, k, v))
-    out = torch.zeros_like(qf, memory_format=torch.contiguous_format)
+    out = torch.zeros_like(qf)
     lse = qf.new_full((q.shape[1], q.shape[0]), -torch.inf)
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
         scores = torch.einsum("qhd,khd->hqk", qf[rows], kf[keys]) * scale
@@ -31,7 +31,7 @@ def varlen_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out
                               scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """grad as out -> dq, dk, dv as q, k, v."""
     g, qf, kf, vf, of = (_widen(t) for t in (grad, q, k, v, out))
-    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (qf, kf, vf))
+    dq, dk, dv = (torch.zeros_like(t) for t in (qf, kf, vf))
     for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
         scores = torch.einsum("qhd,khd->hqk", qf[rows], kf[keys]) * scale
         p = torch.exp(scores - lse[:, rows].unsqueeze(-1))
@@ -56,7 +56,7 @@ def varlen_attention_qkv_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: T
 
 
 def _widen(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
 
 
 def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,111 @@
+"""Cases for `varlen_attention` and `varlen_attention_qkv`."""
+
+from itertools import accumulate
+
+import torch
+
+from .. import ops
+from ._spec import Case, OpSpec
+
+
+def _ends(lengths):
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _numbers(g, lengths, *shape):
+    """Whole where no query has two keys: its softmax is flat, and its zero gradient then comes out exactly."""
+    x = torch.randn(*shape, generator=g)
+    return x.round() if max(lengths, default=0) < 2 else x
+
+
+def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, longer=0):
+    """`logits`: how large; `longer`: what max_seqlen promises too much."""
+    def make(g):
+        k_lengths = lengths if lengths_k is None else lengths_k
+        P_q, P_k = sum(lengths), sum(k_lengths)
+        arguments = {"q": _numbers(g, k_lengths, P_q, H, d) * logits, "k": _numbers(g, k_lengths, P_k, H, d),
+                     "v": _numbers(g, k_lengths, P_k, H, d), "cu_seqlens_q": _ends(lengths),
+                     "max_seqlen_q": max(lengths, default=0) + longer, "scale": scale}
+        if lengths_k is not None:
+            arguments |= {"cu_seqlens_k": _ends(lengths_k), "max_seqlen_k": max(lengths_k, default=0) + longer}
+        return arguments
+
+    return Case(name, make)
+
+
+def _attend_qkv(name, H, d, lengths, *, logits=1.0, scale=None):
+    def make(g):
+        qkv = _numbers(g, lengths, sum(lengths), 3, H, d)
+        qkv[:, 0] *= logits
+        return {"qkv": qkv, "cu_seqlens": _ends(lengths), "max_seqlen": max(lengths, default=0), "scale": scale}
+
+    return Case(name, make)
+
+
+def _random_lengths(draw, S):
+    """None or a few and more: the gradient through the softmax of one key, or nearly one, is all rounding."""
+    longest = [5, 20, 70][draw(0, 2)]
+    return [n and n + 3 for n in (draw(0, longest) for _ in range(S))]
+
+
+def _random(draw):
+    S, H, d = draw(0, 4), draw(1, 3), draw(1, 70)
+    lengths, is_cross = _random_lengths(draw, S), draw(0, 1) == 1
+    lengths_k = _random_lengths(draw, S) if is_cross else None
+    return _attend(f"fuzz-{H}-{d}-{lengths}-{lengths_k}", H, d, lengths, lengths_k, logits=[0.5, 1.0][draw(0, 1)],
+                   longer=draw(0, 5))
+
+
+def _random_qkv(draw):
+    S, H, d = draw(0, 4), draw(1, 3), draw(1, 70)
+    lengths = _random_lengths(draw, S)
+    return _attend_qkv(f"fuzz-{H}-{d}-{lengths}", H, d, lengths, logits=[0.5, 1.0][draw(0, 1)])
+
+
+_RAGGED = [5, 0, 33, 1, 17, 0]
+
+ATTENTION = OpSpec(
+    function=ops.varlen_attention,
+    ops=("varlen_attention", "varlen_attention_backward"),
+    gradients=("q", "k", "v"),
+    cases=[
+        _attend("no-sequences", 2, 8, []),
+        _attend("empty-sequences", 2, 8, [0, 0]),
+        _attend("one-token", 1, 1, [1]),
+        _attend("one-key", 2, 20, [7, 3], [1, 1]),
+        _attend("no-keys", 2, 16, [7, 3, 4], [5, 0, 2]),
+        _attend("no-queries", 2, 16, [7, 0, 4], [5, 6, 2]),
+        _attend("one-query", 2, 24, [1, 1], [50, 83]),
+        _attend("cross", 3, 64, [40, 3, 66], [20, 130, 9], longer=10),
+        *[_attend(f"ragged-d{d}", 2, d, _RAGGED) for d in (1, 7, 16, 20, 24, 32, 64, 80, 88, 96, 128, 256)],
+        _attend("scale", 2, 32, _RAGGED, scale=0.5),
+        _attend("large-logits", 2, 64, [40, 70], logits=30.0),
+        _attend("two-tiles", 1, 24, [300], [290]),
+        _attend("tiles", 1, 16, [530, 20], [600, 20]),
+        _attend("ijepa-predictor", 16, 24, [114] * 2),
+        _attend("vits16-224-predictor", 6, 64, [83] * 16),
+        _attend("vits16-224", 6, 64, [196] * 4),
+    ],
+    random_case=_random,
+    floor=2.0,  # g v^T - rowsum(g * out) is a small difference: by chance ours is not always where that of plain is
+    bench=[_attend("vits16-224-b16-context-untrimmed", 6, 64, [60 + 7 * i % 40 for i in range(16)])],
+)
+
+ATTENTION_QKV = OpSpec(
+    function=ops.varlen_attention_qkv,
+    ops=("varlen_attention_qkv", "varlen_attention_qkv_backward"),
+    gradients=("qkv",),
+    cases=[
+        _attend_qkv("no-sequences", 2, 8, []),
+        _attend_qkv("one-token", 1, 1, [1]),
+        _attend_qkv("ragged-d24", 3, 24, _RAGGED),
+        _attend_qkv("ragged-d64", 2, 64, _RAGGED, scale=0.3),
+        _attend_qkv("large-logits", 2, 80, [40, 70], logits=30.0),
+        _attend_qkv("vits16-224", 6, 64, [196] * 4),
+    ],
+    random_case=_random_qkv,
+    floor=2.0,
+    bench=[_attend_qkv("vits16-224-b16", 6, 64, [196] * 16)],
+)
+
+SPECS = [ATTENTION, ATTENTION_QKV]
