@@ -13,7 +13,7 @@ from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 
 SLICES = 512      # at a time, and of those as many rows that
-PIECE = 1 << 17   # so many projections (0.5 MB) fall to a thread: they stay in its cache from pass to pass
+PIECE = 1 << 18   # so many projections (1 MB) fall to a thread: they stay in its cache from pass to pass
 OFFICIAL = Quadrature.half_line(3.0, 17)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
