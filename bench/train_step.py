@@ -6,7 +6,6 @@ from jepa_fast.masking import MultiBlock
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.predictor import PredictorConfig
 from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
-from jepa_fast.ops import use_backend
 from jepa_fast.optim import AdamWEMA, param_groups
 
 from .measure import agree, interleaved
@@ -36,13 +35,12 @@ def config_vits16(image_size: int = 224) -> LatentPredictionConfig:
         predictor=PredictorConfig(embed_dim=384, depth=12), masking=MultiBlock(mask_group_size=16))
 
 
-def bench_step(batch_size: int = 16, repeats: int = 5, precision: str = "fp32", num_batches: int = 2,
+def bench_step(batch_size: int = 16, repeats: int = 5, precision: str = "fp32", num_batches: int = 1,
                config: LatentPredictionConfig | None = None) -> list[dict]:
-    """Rows for: official style, ours on plain PyTorch, ours. The losses of the first steps must agree."""
+    """Rows for the official style and ours. The losses of the first step must agree, before any update."""
     config = config or config_vits16()
     torch.manual_seed(0)
-    ours, plain = OurStep(config), OurStep(config)
-    plain.objective.load_state_dict(ours.objective.state_dict())
+    ours = OurStep(config)
     official = OfficialStyleStep(config, LR, WEIGHT_DECAY, MOMENTUM)
     official.load(ours.objective)
     size, chans = config.encoder.image_size, config.encoder.in_chans
@@ -60,13 +58,9 @@ def bench_step(batch_size: int = 16, repeats: int = 5, precision: str = "fp32", 
                 return [step(i) for i in range(num_batches)]
         return call
 
-    def plain_step(i):
-        with use_backend("plain"):
-            return plain.step(batches[i])
-
     providers = {"official style": round_of(lambda i: official.step(images, *lists[i])),
-                 "ours, plain": round_of(plain_step), "ours": round_of(lambda i: ours.step(batches[i]))}
-    agree({name: [torch.tensor(call())] for name, call in providers.items()}, 1e-4 if precision == "fp32" else 2e-2)
+                 "ours": round_of(lambda i: ours.step(batches[i]))}
+    agree({name: [torch.tensor(call()[:1])] for name, call in providers.items()}, 1e-4 if precision == "fp32" else 2e-2)
     timings = interleaved(providers, repeats=repeats, warmup=0)
     base = timings["official style"].median
     return [{"bench": "step", "case": f"ijepa-vits16-{size}-b{batch_size}-{precision}", "provider": name,
