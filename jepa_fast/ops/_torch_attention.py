@@ -59,6 +59,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sca
     return out, lse
 
 
+@torch.no_grad()  # the gradient of the gradient is not known
 def backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
     grad, q, k, v, out = (whole_rows(t) for t in (grad, q, k, v, out))
     runs = list(_runs(cu_seqlens_q, cu_seqlens_k))

@@ -59,6 +59,7 @@ def _qkv_forward(function):
 
 def _qkv_backward(function):
     """A backward of q, k, v apart, writing into views of one packed dqkv."""
+    @torch.no_grad()
     def backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale):
         dqkv = qkv.new_empty(qkv.shape)
         function(grad, *whole_rows(qkv).unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale,
