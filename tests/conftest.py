@@ -1,6 +1,15 @@
-"""Shared set-up of the tests."""
+"""Shared set-up of the tests: without a GPU, Triton kernels run under Triton's interpreter."""
+
+import importlib.util
+import os
 
 import torch
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+    import triton_interpreter
+
+    triton_interpreter.install()
 
 if torch.version.cuda is None:
     # torchvision on PyPI is linked to CUDA and fails on a CPU build of torch over two schemas; its Python parts work

@@ -5,7 +5,11 @@
 """
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +21,7 @@ ORDER = {"cpu": ("cpp", "torch", "plain"), "cuda": ("cuda", "triton", "flash_att
 TABLE: dict[str, dict[str, "Implementation | Missing"]] = {}
 
 _LIBRARY = torch.library.Library("jepa_fast", "DEF")
+_EMULATED: dict[str, object] = {}  # "cuda" -> the library that runs csrc/cuda on the host: tests only
 _FORCED: list[tuple[str, str | None]] = []  # (backend, op or None for all), innermost last
 
 
@@ -36,6 +41,7 @@ class Implementation:
     devices: tuple[str, ...] = ("cpu", "cuda")
     supports: Callable[..., str | None] = lambda *args: None
     slower: Slower | None = None  # measured; a forced backend does not ask
+    missing: Callable[[str], str | None] = lambda device: None  # what this machine lacks to run it on a device
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,86 @@ COMPILED_MISSING: str | None = _load_compiled()
 def compiled(name: str, dtypes=(torch.float32, torch.bfloat16), call: Callable | None = None,
              supports: Callable[..., str | None] | None = None,
              slower: Slower | None = None) -> Implementation | Missing:
-    """The C++ version of an op for CPU tensors: `call(*args)`, by default the raw `jepa_fast_C` op of that name."""
+    """The C++ version of an op for CPU tensors.
+
+    `call(raw, *args)` makes one or more calls of the raw ops `raw.<name>`; by default the one of that name.
+    """
     if COMPILED_MISSING:
         return Missing(COMPILED_MISSING)
+    raw = torch.ops.jepa_fast_C
+    function = functools.partial(call, raw) if call else getattr(raw, name)
+    return Implementation(function, ("cpu",), _only(dtypes, "C++", supports), slower)
 
+
+def cuda(name: str, dtypes=(torch.float32, torch.bfloat16, torch.float16), call: Callable | None = None,
+         supports: Callable[..., str | None] | None = None, slower: Slower | None = None) -> Implementation:
+    """The CUDA version of an op: the raw ops of the same names and schemas, `call` as for `compiled`."""
+    def function(*args):
+        raw = _EMULATED.get("cuda", torch.ops.jepa_fast_C)
+        return call(raw, *args) if call else getattr(raw, name)(*args)
+
+    return Implementation(function, ("cpu", "cuda"), _only(dtypes, "CUDA", supports), slower, _cuda_missing)
+
+
+def triton(name: str, dtypes=(torch.float32, torch.bfloat16, torch.float16),
+           supports: Callable[..., str | None] | None = None, slower: Slower | None = None) -> Implementation:
+    """The Triton version of an op: the launcher `name`, "<file in kernels/>.<function>", imported when first called."""
+    module, _, launcher = name.partition(".")
+
+    def function(*args):
+        launch = getattr(importlib.import_module(f"jepa_fast.kernels.{module}"), launcher or module)
+        first = next(_tensors(args), None)
+        if first is None or not first.is_cuda:
+            return launch(*args)
+        with torch.cuda.device(first.device):
+            return launch(*args)
+
+    return Implementation(function, ("cpu", "cuda"), _only(dtypes, "Triton", supports), slower, _triton_missing)
+
+
+def _only(dtypes, language: str, supports: Callable[..., str | None] | None) -> Callable[..., str | None]:
     def check(*args) -> str | None:
         for arg in _tensors(args):
             if arg.is_floating_point() and arg.dtype not in dtypes:
-                return f"no C++ version for {str(arg.dtype).removeprefix('torch.')}"
+                return f"no {language} version for {str(arg.dtype).removeprefix('torch.')}"
         return supports(*args) if supports else None
+    return check
 
-    return Implementation(call or getattr(torch.ops.jepa_fast_C, name), ("cpu",), check, slower)
+
+@functools.cache
+def _too_old(language: str) -> str | None:
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if major < 8:
+            return f"{language} kernels need sm_80 or newer, cuda:{i} is sm_{major}{minor}"
+    return None
+
+
+def _cuda_missing(device: str) -> str | None:
+    if device == "cpu":
+        return None if "cuda" in _EMULATED else "not for cpu tensors"
+    if COMPILED_MISSING:
+        return COMPILED_MISSING
+    if not hasattr(torch.ops.jepa_fast_C, "cuda_architectures"):
+        return "the extension was built without CUDA (no nvcc, or PyTorch without CUDA, when jepa_fast was installed)"
+    return _too_old("CUDA")
+
+
+def _triton_missing(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu":  # only what tests and the compile gate do: the interpreter, or compiling without launching
+        is_emulated = "triton" in _EMULATED or ("triton" in sys.modules and sys.modules["triton"].knobs.runtime.interpret)
+        return None if is_emulated else "not for cpu tensors"
+    return _too_old("Triton")
+
+
+def emulate(backend: str, library: object = None) -> None:
+    """Let `backend` ("cuda" or "triton") take CPU tensors in this process: for tests and the compile gate only.
+
+    For "cuda", `library` has the raw ops, csrc/cuda built for the host.
+    """
+    _EMULATED[backend] = library
 
 
 def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = None,
@@ -127,7 +202,8 @@ def why_not(implementation: Implementation | Missing, device: str, args: tuple |
         return implementation.reason
     if device not in implementation.devices:
         return f"not for {device} tensors"
-    return implementation.supports(*args) if args is not None else None
+    reason = implementation.missing(device)
+    return reason or (implementation.supports(*args) if args is not None else None)
 
 
 def forced_backend(name: str) -> str | None:

@@ -7,15 +7,15 @@ from ..reference import bias_gelu as reference
 from ._define import compiled, define
 
 
-def _forward_cpp(x, bias):
+def _forward_native(raw, x, bias):
     out = x.new_empty(x.shape)
-    torch.ops.jepa_fast_C.bias_gelu(_rows(x), bias.float().contiguous(), _rows(out))
+    raw.bias_gelu(_rows(x), bias.float().contiguous(), _rows(out))
     return out
 
 
-def _backward_cpp(grad, x, bias):
+def _backward_native(raw, grad, x, bias):
     grad_x, grad_bias = x.new_empty(x.shape), bias.new_empty(bias.shape, dtype=torch.float32)
-    torch.ops.jepa_fast_C.bias_gelu_backward(_rows(grad), _rows(x), bias.float().contiguous(), _rows(grad_x), grad_bias)
+    raw.bias_gelu_backward(_rows(grad), _rows(x), bias.float().contiguous(), _rows(grad_x), grad_bias)
     return grad_x, grad_bias.to(bias.dtype)
 
 
@@ -24,9 +24,9 @@ def _rows(x: Tensor) -> Tensor:  # [P, D], contiguous
 
 
 define("bias_gelu(Tensor x, Tensor bias) -> Tensor",
-       plain=reference.bias_gelu, cpp=compiled("bias_gelu", call=_forward_cpp))
+       plain=reference.bias_gelu, cpp=compiled("bias_gelu", call=_forward_native))
 define("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor grad_x, Tensor grad_bias)",
-       plain=reference.bias_gelu_backward, cpp=compiled("bias_gelu_backward", call=_backward_cpp))
+       plain=reference.bias_gelu_backward, cpp=compiled("bias_gelu_backward", call=_backward_native))
 
 
 @torch.library.register_fake("jepa_fast::bias_gelu")

@@ -9,15 +9,15 @@ from ._define import compiled, define
 RNGS = ("philox", "torch")
 
 
-def _directions_cpp(step, seed, dim, num_slices, rng):
-    out = torch.empty(dim, num_slices, dtype=torch.float32)
-    torch.ops.jepa_fast_C.directions(step, seed, out)
+def _directions_native(raw, step, seed, dim, num_slices, rng):
+    out = torch.empty(dim, num_slices, dtype=torch.float32, device=step.device)
+    raw.directions(step, seed, out)
     return out
 
 
 define("directions(Tensor step, int seed, SymInt dim, SymInt num_slices, str rng) -> Tensor",
        plain=reference.directions,
-       cpp=compiled("directions", call=_directions_cpp,
+       cpp=compiled("directions", call=_directions_native,
                     supports=lambda step, seed, dim, num_slices, rng: None if rng == "philox" else f"rng {rng!r}"))
 
 

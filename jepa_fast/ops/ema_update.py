@@ -8,15 +8,15 @@ from ._define import compiled, define
 from ._tensor_lists import MASTER_DTYPES, check_floating, check_like, mark_changed, why_not_flat
 
 
-def _cpp(target, source, momentum):
+def _native(raw, target, source, momentum):
     if target:  # nothing to dispatch on otherwise
-        torch.ops.jepa_fast_C.ema_update_(target, [s.contiguous() for s in source], momentum)
+        raw.ema_update_(target, [s.contiguous() for s in source], momentum)
     mark_changed(target)
 
 
 define("ema_update_(Tensor(a!)[] target, Tensor[] source, float momentum) -> ()",
        plain=reference.ema_update_,
-       cpp=compiled("ema_update_", call=_cpp, supports=lambda target, source, momentum: why_not_flat(target)))
+       cpp=compiled("ema_update_", call=_native, supports=lambda target, source, momentum: why_not_flat(target)))
 
 
 @torch.library.register_fake("jepa_fast::ema_update_")

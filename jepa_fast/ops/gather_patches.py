@@ -29,29 +29,29 @@ def _as_clip(pixels, patch_size):
     return (pixels.unsqueeze(2), [1, *patch_size]) if len(patch_size) == 2 else (pixels, patch_size)
 
 
-def _gather_cpp(pixels, index, patch_size):
+def _gather_native(raw, pixels, index, patch_size):
     out = pixels.new_empty(_out_shape(pixels, index, patch_size))
     clip, patch = _as_clip(pixels, patch_size)
-    torch.ops.jepa_fast_C.gather_patches(clip, None if index is None else index.contiguous(), *patch, out)
+    raw.gather_patches(clip, None if index is None else index.contiguous(), *patch, out)
     return out
 
 
-def _scatter_cpp(patches, index, shape, patch_size):
+def _scatter_native(raw, patches, index, shape, patch_size):
     is_covered = all(size % patch == 0 for size, patch in zip(shape[2:], patch_size, strict=True))
     out = patches.new_empty(shape) if is_covered else patches.new_zeros(shape)
     clip, patch = _as_clip(out, patch_size)
-    torch.ops.jepa_fast_C.scatter_patches(
+    raw.scatter_patches(
         patches.contiguous(), None if index is None else index.contiguous(), *patch, clip)
     return out
 
 
 define("gather_patches(Tensor pixels, Tensor? index, int[] patch_size) -> Tensor",
        plain=reference.gather_patches,
-       cpp=compiled("gather_patches", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _gather_cpp),
+       cpp=compiled("gather_patches", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _gather_native),
        check=lambda pixels, index, patch_size: _check_index(index, pixels.shape, patch_size))
 define("scatter_patches(Tensor patches, Tensor? index, SymInt[] shape, int[] patch_size) -> Tensor",
        plain=reference.scatter_patches,
-       cpp=compiled("scatter_patches", (torch.float32, torch.bfloat16, torch.float64), _scatter_cpp),
+       cpp=compiled("scatter_patches", (torch.float32, torch.bfloat16, torch.float64), _scatter_native),
        check=lambda patches, index, shape, patch_size: _check_index(index, shape, patch_size))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import gather_tokens as reference
-from ._define import compiled, define
+from ._define import compiled, define, triton
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -22,24 +22,25 @@ def _check_gather(x, index, positions, position_index):
         _check_range("position_index", position_index, positions.shape[0])
 
 
-def _gather_cpp(x, index, positions, position_index):
+def _gather_native(raw, x, index, positions, position_index):
     out = x.new_empty(x.shape[0], index.shape[1], x.shape[2])
     arguments = [None if t is None else t.contiguous() for t in (x, index, positions, position_index)]
-    torch.ops.jepa_fast_C.gather_tokens(*arguments, out)
+    raw.gather_tokens(*arguments, out)
     return out
 
 
-def _scatter_cpp(values, index, num_tokens, fill, positions):
+def _scatter_native(raw, values, index, num_tokens, fill, positions):
     out = values.new_empty(values.shape[0], num_tokens, values.shape[2])
     arguments = [None if t is None else t.contiguous() for t in (values, index, fill, positions)]
-    torch.ops.jepa_fast_C.scatter_tokens(*arguments, out)
+    raw.scatter_tokens(*arguments, out)
     return out
 
 
 define("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? position_index) -> Tensor",
-       plain=reference.gather_tokens, cpp=compiled("gather_tokens", _DTYPES, _gather_cpp), check=_check_gather)
+       plain=reference.gather_tokens, cpp=compiled("gather_tokens", _DTYPES, _gather_native),
+       triton=triton("gather_tokens"), check=_check_gather)
 define("scatter_tokens(Tensor values, Tensor index, SymInt num_tokens, Tensor? fill, Tensor? positions) -> Tensor",
-       plain=reference.scatter_tokens, cpp=compiled("scatter_tokens", _DTYPES, _scatter_cpp),
+       plain=reference.scatter_tokens, cpp=compiled("scatter_tokens", _DTYPES, _scatter_native),
        check=lambda values, index, num_tokens, fill, positions: _check_range("index", index, num_tokens))
 
 

@@ -10,18 +10,18 @@ from .gather_tokens import _check_range
 _STATS = ("cosine", "prediction_power", "target_std")
 
 
-def _forward_cpp(prediction, target, target_idx, weight, beta, eps):
+def _forward_native(raw, prediction, target, target_idx, weight, beta, eps):
     P = prediction.shape[0]
     loss, stats, mean, rstd = (prediction.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), (P,), (P,)))
     arguments = [None if t is None else t.contiguous() for t in (prediction, target, target_idx, weight)]
-    torch.ops.jepa_fast_C.latent_loss(*arguments, beta, eps, loss, stats, mean, rstd)
+    raw.latent_loss(*arguments, beta, eps, loss, stats, mean, rstd)
     return loss, stats, mean, rstd
 
 
-def _backward_cpp(grad_loss, prediction, target, target_idx, weight, mean, rstd, beta):
+def _backward_native(raw, grad_loss, prediction, target, target_idx, weight, mean, rstd, beta):
     out = prediction.new_empty(prediction.shape)
     arguments = [None if t is None else t.contiguous() for t in (prediction, target, target_idx, weight, mean, rstd)]
-    torch.ops.jepa_fast_C.latent_loss_backward(grad_loss, *arguments, beta, out)
+    raw.latent_loss_backward(grad_loss, *arguments, beta, out)
     return out
 
 
@@ -32,11 +32,11 @@ def _check_rows(target, target_idx):
 
 define("latent_loss(Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, float beta, float eps)"
        " -> (Tensor loss, Tensor stats, Tensor mean, Tensor rstd)",
-       plain=reference.latent_loss, cpp=compiled("latent_loss", call=_forward_cpp),
+       plain=reference.latent_loss, cpp=compiled("latent_loss", call=_forward_native),
        check=lambda prediction, target, target_idx, *_: _check_rows(target, target_idx))
 define("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "
        "Tensor mean, Tensor rstd, float beta) -> Tensor",
-       plain=reference.latent_loss_backward, cpp=compiled("latent_loss_backward", call=_backward_cpp))
+       plain=reference.latent_loss_backward, cpp=compiled("latent_loss_backward", call=_backward_native))
 
 
 @torch.library.register_fake("jepa_fast::latent_loss")

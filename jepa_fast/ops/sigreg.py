@@ -18,24 +18,24 @@ OFFICIAL = Quadrature.half_line(3.0, 17)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _sums_cpp(x, directions, row_mask, t_start, t_step, num_knots):
+def _sums_native(raw, x, directions, row_mask, t_start, t_step, num_knots):
     x, directions = x.float(), directions.float().contiguous()
     parts = []
     for some_directions in directions.split(SLICES, 1):
         sums = x.new_zeros(x.shape[0], 2, num_knots, some_directions.shape[1], dtype=torch.float64)
         for p, mask, groups, _ in _projections(x, some_directions, row_mask):
-            torch.ops.jepa_fast_C.sigreg_add_sums(p, mask, t_start, t_step, sums[groups])
+            raw.sigreg_add_sums(p, mask, t_start, t_step, sums[groups])
         parts.append(sums.float())
     return torch.cat(parts, -1)
 
 
-def _sums_backward_cpp(grad_sums, x, directions, row_mask, t_start, t_step):
+def _sums_backward_native(raw, grad_sums, x, directions, row_mask, t_start, t_step):
     wide_x, directions, grad_sums = x.float(), directions.float().contiguous(), grad_sums.contiguous()
     grad_x = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     flat = grad_x.view(-1, x.shape[2])
     for some_directions, some_grads in zip(directions.split(SLICES, 1), grad_sums.split(SLICES, 3), strict=True):
         for p, mask, groups, rows in _projections(wide_x, some_directions, row_mask):
-            torch.ops.jepa_fast_C.sigreg_gradient_(p, mask, some_grads[groups], t_start, t_step)
+            raw.sigreg_gradient_(p, mask, some_grads[groups], t_start, t_step)
             flat[rows].addmm_(p.flatten(0, 1), some_directions.T)
     return grad_x.to(x.dtype)
 
@@ -67,32 +67,32 @@ def _pieces(V: int, N: int, height: int) -> Iterator[tuple[slice, slice]]:
             yield slice(v, end), slice(v * N, end * N)
 
 
-def _statistic_cpp(sums, count, phi, weights):
+def _statistic_native(raw, sums, count, phi, weights):
     out = sums.new_empty(sums.shape[0], sums.shape[3])
     knots = torch.tensor([phi, weights], dtype=torch.float64)
-    torch.ops.jepa_fast_C.sigreg_statistic(sums.contiguous(), count.contiguous(), knots, out)
+    raw.sigreg_statistic(sums.contiguous(), count.contiguous(), knots, out)
     return out
 
 
-def _statistic_backward_cpp(grad, sums, count, phi, weights):
+def _statistic_backward_native(raw, grad, sums, count, phi, weights):
     out = torch.empty_like(sums, memory_format=torch.contiguous_format)
     grad, sums, count = grad.contiguous(), sums.contiguous(), count.contiguous()
     knots = torch.tensor([phi, weights], dtype=torch.float64)
-    torch.ops.jepa_fast_C.sigreg_statistic_backward(grad, sums, count, knots, out)
+    raw.sigreg_statistic_backward(grad, sums, count, knots, out)
     return out
 
 
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
-       plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_cpp))
+       plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_native))
 define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
        "float t_step) -> Tensor",
-       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_cpp))
+       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_native))
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
-       plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_cpp))
+       plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_native))
 define("sigreg_statistic_backward(Tensor grad, Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic_backward,
-       cpp=compiled("sigreg_statistic_backward", (torch.float32,), _statistic_backward_cpp))
+       cpp=compiled("sigreg_statistic_backward", (torch.float32,), _statistic_backward_native))
 
 
 @torch.library.register_fake("jepa_fast::sigreg_sums")

@@ -35,16 +35,16 @@ def _check_cu_seqlens(what, cu_seqlens, rows_of, rows, what_longest, longest):
         raise ValueError(f"{what_longest} must be at least the longest sequence, {max(lengths)}, got {longest}")
 
 
-def _cpp(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def _native(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
     out, lse = q.new_empty(q.shape), empty_lse(q)
-    torch.ops.jepa_fast_C.varlen_attention(*map(whole_rows, (q, k, v)), cu_seqlens_q.contiguous(),
+    raw.varlen_attention(*map(whole_rows, (q, k, v)), cu_seqlens_q.contiguous(),
                                            cu_seqlens_k.contiguous(), scale, out, lse)
     return out, lse
 
 
-def _cpp_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
+def _native_backward(raw, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
     into = into or tuple(t.new_empty(t.shape) for t in (q, k, v))
-    torch.ops.jepa_fast_C.varlen_attention_backward(
+    raw.varlen_attention_backward(
         *map(whole_rows, (grad, q, k, v, out)), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
         scale, *into)
     return into
@@ -52,18 +52,20 @@ def _cpp_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqle
 
 def _qkv_forward(function):
     """A forward of q, k, v apart, on views of a packed qkv."""
-    def forward(qkv, cu_seqlens, max_seqlen, scale):
-        return function(*whole_rows(qkv).unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
+    def forward(*args):
+        *raw, qkv, cu_seqlens, max_seqlen, scale = args
+        return function(*raw, *whole_rows(qkv).unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
     return forward
 
 
 def _qkv_backward(function):
     """A backward of q, k, v apart, writing into views of one packed dqkv."""
     @torch.no_grad()
-    def backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, scale):
+    def backward(*args):
+        *raw, grad, qkv, out, lse, cu_seqlens, max_seqlen, scale = args
         dqkv = qkv.new_empty(qkv.shape)
-        function(grad, *whole_rows(qkv).unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale,
-                 dqkv.unbind(1))
+        function(*raw, grad, *whole_rows(qkv).unbind(1), out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                 scale, dqkv.unbind(1))
         return dqkv
     return backward
 
@@ -97,23 +99,23 @@ def _for_qkv(slower: Slower) -> Slower:
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_LENGTHS}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention, check=_check_lengths,
-       cpp=compiled("varlen_attention", call=_cpp, slower=_SLOWER),
+       cpp=compiled("varlen_attention", call=_native, slower=_SLOWER),
        torch=Implementation(_torch, ("cpu",)))
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}) "
        "-> (Tensor, Tensor, Tensor)",
        plain=reference.varlen_attention_backward,
        check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest),
-       cpp=compiled("varlen_attention_backward", call=_cpp_backward, slower=_SLOWER_BACKWARD),
+       cpp=compiled("varlen_attention_backward", call=_native_backward, slower=_SLOWER_BACKWARD),
        torch=Implementation(_torch_backward, ("cpu",)))
 define("varlen_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor, Tensor)",
        plain=reference.varlen_attention_qkv, check=_check_qkv,
-       cpp=compiled("varlen_attention", call=_qkv_forward(_cpp), slower=_for_qkv(_SLOWER)),
+       cpp=compiled("varlen_attention", call=_qkv_forward(_native), slower=_for_qkv(_SLOWER)),
        torch=Implementation(_qkv_forward(_torch), ("cpu",)))
 define("varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
        "SymInt max_seqlen, float scale) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
        check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest),
-       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_cpp_backward), slower=_for_qkv(_SLOWER_BACKWARD)),
+       cpp=compiled("varlen_attention_backward", call=_qkv_backward(_native_backward), slower=_for_qkv(_SLOWER_BACKWARD)),
        torch=Implementation(_qkv_backward(_torch_backward), ("cpu",)))
 
 

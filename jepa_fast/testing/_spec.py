@@ -26,6 +26,7 @@ class Case:
 
     name: str
     make: Callable[[torch.Generator], dict]
+    is_large: bool = False  # too large for a GPU kernel that is interpreted on the CPU
 
     def __str__(self) -> str:
         return self.name
