@@ -1,10 +1,16 @@
-"""Measured configurations, where there are any: tuned.json, {op: {"sm_90": {key: {"BLOCK_M": ..., ...}}}}."""
+"""For which GPU kernels are compiled, and what was measured there: tuned.json, {op: {"sm_90": {key: {"BLOCK_M": ...}}}}."""
 
 import functools
 import json
 import pathlib
 
 import torch
+import triton
+
+
+def capability() -> int:
+    """90 for sm_90: of the GPU, of the target where kernels are compiled without one, 90 where they are interpreted."""
+    return 90 if triton.knobs.runtime.interpret else int(triton.runtime.driver.active.get_current_target().arch)
 
 
 @functools.cache
@@ -13,11 +19,8 @@ def _table() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-@functools.cache
-def _architecture() -> str | None:
-    return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
-
-
 def tuned(op: str, key: str) -> dict:
-    """What tuned.json says of an op's key on this GPU; {} where it says nothing, and on a CPU."""
-    return _table().get(op, {}).get(_architecture(), {}).get(key, {})
+    """What tuned.json says of an op's key on this GPU; {} where it says nothing, and without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return _table().get(op, {}).get(f"sm_{capability()}", {}).get(key, {})
