@@ -54,8 +54,8 @@ def gated_specs() -> list[testing.OpSpec]:
 
 
 def markdown(rows: list[dict], title: str) -> str:
-    lines = [title, "", "| kernel | case | dtype | GPU | registers | spills | shared memory | warps | stages | tensor core |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    columns = ("kernel", "case", "dtype", "GPU", "registers", "spills", "shared memory", "warps", "stages", "tensor core")
+    lines = [title, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {row['kernel']} | {row['case']} | {row['dtype']} | sm_{row['arch']} | {row['registers']} | "
               f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.1f} KiB | {row['num_warps']} | {row['num_stages']} | "
               f"{row['tensor_core'] or ''} |" for row in rows]
