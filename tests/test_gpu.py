@@ -1,5 +1,8 @@
 """What only a GPU can show: `make gpu-test`."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_train import tiny
@@ -54,3 +57,16 @@ def test_training_is_that_of_the_cpu(name, tmp_path):
         losses[device] = [float(row["loss"]) for row in read_metrics(run.metrics_path)]
     assert len(losses["cpu"]) == 5
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("call, message", [
+    ("gather_tokens(torch.zeros(1, 4, 8, device='cuda'), torch.tensor([[0, 4]], device='cuda'))", "index must be in [0, 4)"),
+    ("varlen_attention_qkv(torch.zeros(4, 3, 1, 16, device='cuda'), torch.tensor([0, 5, 4], device='cuda').int(), 5)",
+     "cu_seqlens must rise from 0"),
+])
+def test_values_are_checked_on_the_device(call, message):
+    """In a process of its own: the assertion ends the device's context."""
+    code = f"import torch; from jepa_fast.ops import *; from jepa_fast import ops\n" \
+           f"with ops.checks_on_device(): {call}\ntorch.cuda.synchronize()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stdout + done.stderr

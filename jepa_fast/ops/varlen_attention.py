@@ -22,6 +22,12 @@ def _check_qkv(qkv, cu_seqlens, max_seqlen, *_):
 
 
 def _check_cu_seqlens(what, cu_seqlens, rows_of, rows, what_longest, longest):
+    if cu_seqlens.device.type != "cpu":
+        lengths = cu_seqlens.diff()
+        fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & ((lengths >= 0) & (lengths <= longest)).all()
+        torch._assert_async(fits, f"{what} must rise from 0 to the {rows} rows of {rows_of}, no sequence longer than "
+                                  f"{what_longest}, {longest}")
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"{what} must start at 0, got {bounds[0]}")
