@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import varlen_attention as reference
-from ._define import Implementation, Slower, compiled, define
+from ._define import Implementation, Slower, compiled, define, triton
 from ._torch_attention import backward as _torch_backward
 from ._torch_attention import empty_lse, whole_rows
 from ._torch_attention import forward as _torch
@@ -107,6 +107,11 @@ def _full_only(*args) -> str | None:
     return f"no version here with frame_size {args[-1]}" if args[-1] else None
 
 
+def _positive_scale(*args) -> str | None:
+    scale = next(arg for arg in args if isinstance(arg, float))
+    return None if scale > 0 else f"no version here with scale {scale}, only above 0"
+
+
 def _has_bf16_matrix_unit() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
@@ -141,23 +146,27 @@ _HOW_QKV = "Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? rotary, S
 define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention, check=_check_lengths,
        cpp=compiled("varlen_attention", call=_FORWARD, supports=_full_only, slower=_SLOWER),
-       torch=Implementation(_TORCH, ("cpu",), _full_only))
+       torch=Implementation(_TORCH, ("cpu",), _full_only),
+       triton=triton("varlen_attention", supports=_positive_scale))
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) "
        "-> (Tensor, Tensor, Tensor)",
        plain=reference.varlen_attention_backward,
        check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest),
        cpp=compiled("varlen_attention_backward", call=_BACKWARD, supports=_full_only, slower=_SLOWER_BACKWARD),
-       torch=Implementation(_TORCH_BACKWARD, ("cpu",), _full_only))
+       torch=Implementation(_TORCH_BACKWARD, ("cpu",), _full_only),
+       triton=triton("varlen_attention_backward", supports=_positive_scale))
 define(f"varlen_attention_qkv(Tensor qkv, {_HOW_QKV}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention_qkv, check=_check_qkv,
        cpp=compiled("varlen_attention", call=_qkv_forward(_FORWARD), supports=_full_only, slower=_for_qkv(_SLOWER)),
-       torch=Implementation(_qkv_forward(_TORCH), ("cpu",), _full_only))
+       torch=Implementation(_qkv_forward(_TORCH), ("cpu",), _full_only),
+       triton=triton("varlen_attention.varlen_attention_qkv", supports=_positive_scale))
 define(f"varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_HOW_QKV}) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
        check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest),
        cpp=compiled("varlen_attention_backward", call=_qkv_backward(_BACKWARD), supports=_full_only,
                     slower=_for_qkv(_SLOWER_BACKWARD)),
-       torch=Implementation(_qkv_backward(_TORCH_BACKWARD), ("cpu",), _full_only))
+       torch=Implementation(_qkv_backward(_TORCH_BACKWARD), ("cpu",), _full_only),
+       triton=triton("varlen_attention_backward.varlen_attention_qkv_backward", supports=_positive_scale))
 
 
 @torch.library.register_fake("jepa_fast::varlen_attention")
