@@ -28,10 +28,14 @@ _FORCED: list[tuple[str, str | None]] = []  # (backend, op or None for all), inn
 
 @dataclass(frozen=True)
 class Slower:
-    """Where the automatic choice passes over an implementation that could run: `holds(*args)`, described by `when`."""
+    """Where the automatic choice passes over an implementation that could run: `holds(*args)`, described by `when`.
+
+    On the devices of `always` it does so whatever the arguments are, and `when` says why.
+    """
 
     when: str
     holds: Callable[..., bool]
+    always: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,10 +251,9 @@ def checks_on_device() -> Iterator[None]:
 
 def info(device: str) -> list[tuple[str, str, dict[str, str]]]:
     """For each op: its name, the backend that would run on `device`, and why the others would not."""
-    rows = []
+    rows, order = [], ORDER.get(device, ("plain",))
     for name, row in TABLE.items():
-        reasons = {backend: why_not(row[backend], device) for backend in BACKENDS}
-        order = ORDER.get(device, ("plain",))
+        reasons = {backend: why_not(row[backend], device) or _only_asked_for(row[backend], device) for backend in BACKENDS}
         chosen = next(backend for backend in order if reasons[backend] is None)
         others = {backend: reason or ("slower here" if backend in order else "not tried on this device")
                   for backend, reason in reasons.items() if backend != chosen}
@@ -260,6 +263,11 @@ def info(device: str) -> list[tuple[str, str, dict[str, str]]]:
             others[second] = f"used for {slower.when}, slower otherwise"
         rows.append((name, chosen, others))
     return rows
+
+
+def _only_asked_for(implementation: Implementation | Missing, device: str) -> str | None:
+    slower = getattr(implementation, "slower", None)
+    return f"only where asked for by name: {slower.when}" if slower and device in slower.always else None
 
 
 def _tensors(args: tuple) -> Iterator[Tensor]:
