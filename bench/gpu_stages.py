@@ -176,12 +176,17 @@ def _agree(case: GpuCase, arguments: dict, provider: Provider, agreed: dict[Prov
     """Adds a provider to those that are timed, if it computes what the first one does."""
     results = [t.detach() for t in provider.with_gradients(case, arguments)]
     if agreed and not testing.OPS[case.op].mutates:
-        for ours, theirs in zip(results, next(iter(agreed.values())), strict=True):
-            difference = testing.error(ours.float(), theirs.float())
-            if difference > case.rtol:
-                return {"error": f"differs from {next(iter(agreed)).name} by {difference:.1e}: not timed"}
+        difference = agree_with(results, next(iter(agreed.values())), case.rtol)
+        if difference is not None:
+            return {"error": f"differs from {next(iter(agreed)).name} by {difference:.1e}: not timed"}
     agreed[provider] = results if not agreed else []
     return {}
+
+
+def agree_with(results: list[Tensor], expected: list[Tensor], rtol: float) -> float | None:
+    """None where results are the same up to rtol, else how far apart they are."""
+    errors = [testing.error(ours.float(), theirs.float()) for ours, theirs in zip(results, expected, strict=True)]
+    return max(errors) if errors and max(errors) > rtol else None
 
 
 def _timed(rows: Rows, timer: Timer, case: GpuCase, what: str, calls: dict[str, Callable]) -> dict:
@@ -204,6 +209,16 @@ def sanitized(arguments: argparse.Namespace) -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     testing.run(spec, testing.make(spec, case, dtype, "cuda"), "cuda")
     torch.cuda.synchronize()
+
+
+def compile_part(arguments: argparse.Namespace) -> None:
+    from . import gpu_sweep
+    gpu_sweep.compile_part(arguments)
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    from . import gpu_sweep
+    gpu_sweep.sweep(arguments)
 
 
 def page(arguments: argparse.Namespace) -> None:

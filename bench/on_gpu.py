@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of at most nine minutes that works offline:
 
-    python -m bench.on_gpu --out DIR            build · ceilings · prove · time · sweep · sanitize · page
+    python -m bench.on_gpu --out DIR            build, ceilings, prove, time, sweep, sanitize, page
     python -m bench.on_gpu --out DIR --rehearse the same script on the CPU with little to do, to see that it runs
 
 Each stage runs in processes of its own with a time limit, and every row is on disk before the next is measured: a crash
@@ -9,6 +9,7 @@ Needs torch >= 2.10 and nothing else: what is not installed (triton, nvcc, peers
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
-LIMIT_S = {"build": 150, "ceilings": 40, "prove": 200, "time": 200, "sweep": 120, "sanitize": 40}
+LIMIT_S = {"build": 110, "ceilings": 30, "prove": 130, "time": 110, "sweep": 80, "sanitize": 40}
 WORKERS = 8  # of the proofs: they share the GPU, and compiling is what takes their time
 
 
@@ -73,7 +74,8 @@ def main() -> None:
     begin = time.monotonic()
     for stage in arguments.stages:
         start = time.monotonic()
-        {"build": build, "prove": prove, "sanitize": sanitize}.get(stage, one_worker(stage))(arguments)
+        own = {"build": build, "prove": prove, "sweep": sweep, "sanitize": sanitize}
+        own.get(stage, one_worker(stage))(arguments)
         print(f"{stage}: {time.monotonic() - start:.0f} s, {time.monotonic() - begin:.0f} s in all", flush=True)
 
 
@@ -97,17 +99,32 @@ def prove(arguments: argparse.Namespace) -> None:
     waiting = [spec.name for spec in testing.OPS.values() if arguments.op in spec.name]
     if arguments.rehearse:
         waiting = waiting[:2]
-    deadline, running = time.monotonic() + LIMIT_S["prove"], {}
+    side_by_side("prove", waiting, arguments, LIMIT_S["prove"])
+
+
+def side_by_side(stage: str, waiting: list[str], arguments: argparse.Namespace, limit_s: float) -> None:
+    """A worker for each name, WORKERS of them at a time."""
+    deadline, running = time.monotonic() + limit_s, {}
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < WORKERS:
             name = waiting.pop(0)
-            running[name] = start(worker("prove", arguments, name), arguments.out / f"prove-{name}.log")
+            running[name] = start(worker(stage, arguments, name), arguments.out / f"{stage}-{name}.log")
         for name in [name for name, process in running.items() if process.poll() is not None]:
             if running.pop(name).returncode == 3:  # the device was left in a bad state: go on behind that case
                 waiting.append(name)
         time.sleep(0.2)
     for process in running.values():
         process.kill()
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Compile what is to be tried side by side, then time it alone."""
+    if importlib.util.find_spec("triton") is None:
+        Rows(arguments.out / "sweep.jsonl").add("sweep", error="triton is not installed")
+        return
+    parts = [str(part) for part in range(1 if arguments.rehearse else WORKERS)]
+    side_by_side("compile_part", parts, arguments, LIMIT_S["sweep"] / 2)
+    one_worker("sweep")(arguments)
 
 
 def one_worker(stage: str) -> Callable[[argparse.Namespace], None]:

@@ -1,9 +1,12 @@
 """The command for a machine with a GPU, rehearsed on one without: every stage runs and leaves its rows."""
 
+import argparse
 import json
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 from bench.gpu_page import floor_us, goals
 
@@ -52,3 +55,28 @@ def test_floor_and_goals():
     met = {goal["op"]: goal for goal in goals([row])}
     assert met["gather_tokens"]["measured"] == 0.8 and met["gather_tokens"]["met"] is False
     assert met["sigreg_sums"]["measured"] is None
+
+
+def test_sweep(tmp_path, monkeypatch):
+    """Trials are compiled, timed and compared; what computes something else or fails cannot win."""
+    pytest.importorskip("triton")
+    from bench import gpu_cases, gpu_stages, gpu_sweep
+
+    case = gpu_cases._attention("tiny", [20, 7], 1, 16)
+    monkeypatch.setattr(gpu_stages, "OURS", {"cpu": ("triton",)})
+    monkeypatch.setattr(gpu_sweep, "swept_cases", lambda: [case])
+    monkeypatch.setattr(gpu_sweep, "SPACES", {"backward": {"BLOCK_M": (16,)}, "short": {"BLOCK_M": (16, 32, 17)}})
+    monkeypatch.setattr(gpu_sweep._tuned, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(gpu_sweep, "KEEP", 0.0)
+    monkeypatch.setattr(gpu_sweep, "WORKERS", 1)
+    arguments = argparse.Namespace(out=tmp_path, rehearse=True, op="0")
+    gpu_sweep.compile_part(arguments)
+    gpu_sweep.sweep(arguments)
+    rows = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    swept = {row["tuned"]: row for row in rows if "tuned" in row}
+    assert len(swept) == 2 and all(row["us"] <= row["default_us"] for row in swept.values())
+    failures = [json.loads(line) for line in (tmp_path / "sweep-compile-0.jsonl").read_text().splitlines()]
+    assert any("BLOCK_M=17" in line["key"] for line in failures if line.get("error"))
+    winners = json.loads((tmp_path / "tuned.json").read_text())
+    for constants in winners.get("varlen_attention", {}).get("sm_90", {}).values():
+        assert constants["BLOCK_M"] in (16, 32)

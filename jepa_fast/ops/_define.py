@@ -18,6 +18,7 @@ from torch import Tensor
 
 BACKENDS = ("plain", "cpp", "torch", "triton", "cuda", "flash_attn", "xformers")
 ORDER = {"cpu": ("cpp", "torch", "plain"), "cuda": ("cuda", "triton", "flash_attn", "xformers", "torch", "plain")}
+_LIBRARIES = ("torch", "flash_attn", "xformers")  # others' code: it has an op or has not
 TABLE: dict[str, dict[str, "Implementation | Missing"]] = {}
 
 _LIBRARY = torch.library.Library("jepa_fast", "DEF")
@@ -168,7 +169,8 @@ def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = 
     assert not unknown, f"{name}: unknown backends {unknown}"
     row = {"plain": Implementation(plain)}
     row |= {key: value or Missing("not written yet") for key, value in backends.items()}
-    TABLE[name] = {key: row.get(key, Missing("not written yet")) for key in BACKENDS}
+    TABLE[name] = {key: row.get(key, Missing(f"{key} has no such op" if key in _LIBRARIES else "not written yet"))
+                   for key in BACKENDS}
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args):
