@@ -33,8 +33,9 @@ def layer_norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, summed
         tl.store(summed_ptr + offs, summed, mask=mask)
         h = summed.to(tl.float32)
     mean = tl.sum(h, axis=1) / D
+    mean += tl.sum(tl.where(mask, h - mean[:, None], 0.0), axis=1) / D  # exact for a constant row, whose variance is 0
     centred = tl.where(mask, h - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps))
     out = centred * rstd[:, None]
     if HAS_WEIGHT:
         out *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
