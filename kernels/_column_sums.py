@@ -19,6 +19,12 @@ def column_sums_kernel(partial_ptr, out_ptr, num_programs, D, BLOCK_P: tl.conste
     tl.store(out_ptr + offs_d, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 
+def split_rows(num_rows: int, BLOCK_R: int, num_programs: int) -> tuple[int, int]:
+    """At most so many programs, of whole blocks of rows each -> programs, rows per program."""
+    rows_per_program = triton.cdiv(triton.cdiv(num_rows, num_programs), BLOCK_R) * BLOCK_R
+    return triton.cdiv(num_rows, max(rows_per_program, 1)), rows_per_program
+
+
 def column_sums(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """partial [G, ...] float32 -> its sum over G, rounded once to dtype."""
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)

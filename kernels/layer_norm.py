@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._column_sums import NUM_PROGRAMS, column_sums
+from ._column_sums import NUM_PROGRAMS, column_sums, split_rows
 
 
 @triton.jit
@@ -124,8 +124,7 @@ def layer_norm_backward(grad: Tensor, grad_summed: Tensor | None, x: Tensor, wei
     grad, grad_summed, x, weight, mean, rstd = contiguous(grad, grad_summed, x, weight, mean, rstd)
     num_rows, D = mean.numel(), x.shape[-1]
     config = blocks(D, num_warps=8)
-    rows_per_program = triton.cdiv(triton.cdiv(num_rows, NUM_PROGRAMS), config["BLOCK_R"]) * config["BLOCK_R"]
-    num_programs = triton.cdiv(num_rows, max(rows_per_program, 1))
+    num_programs, rows_per_program = split_rows(num_rows, config["BLOCK_R"], NUM_PROGRAMS)
     grad_x, branch = torch.empty_like(x), torch.empty_like(x, dtype=branch_dtype) if branch_dtype else x.new_empty(0)
     partial = torch.empty(num_programs, 2, D if weight is not None else 0, dtype=torch.float32, device=x.device)
     if num_rows:
