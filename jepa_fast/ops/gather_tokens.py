@@ -43,6 +43,7 @@ define("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? positio
        triton=triton("gather_tokens"), check=_check_gather)
 define("scatter_tokens(Tensor values, Tensor index, SymInt num_tokens, Tensor? fill, Tensor? positions) -> Tensor",
        plain=reference.scatter_tokens, cpp=compiled("scatter_tokens", _DTYPES, _scatter_native),
+       triton=triton("gather_tokens.scatter_tokens"),
        check=lambda values, index, num_tokens, fill, positions: _check_range("index", index, num_tokens))
 
 
