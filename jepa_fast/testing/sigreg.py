@@ -20,7 +20,7 @@ QUADRATURES = {
 def _case(name, lead, N, D, K, *, quadrature="official", spread=1.0, mean=0.0, mask=None, is_large=False,
           **options):
     """mask: the share of rows that count; the first group of several has none."""
-    options = {"reduction": None, "quadrature": QUADRATURES[quadrature]} | options
+    options = {"reduction": None, "quadrature": QUADRATURES.get(quadrature, quadrature)} | options
 
     def make(g):
         arguments = {"x": mean + spread * torch.randn(*lead, N, D, generator=g)}
