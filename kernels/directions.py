@@ -63,5 +63,6 @@ def directions(step: Tensor, seed: int, dim: int, num_slices: int, rng: str) -> 
     normals, out = torch.empty(2, dim, num_slices, dtype=torch.float32, device=step.device)
     count = normals.numel()
     normals_kernel[(triton.cdiv(count, 4 * 256),)](step, seed, normals, count, BLOCK=256)
-    divide_by_norm_kernel[(triton.cdiv(num_slices, 16),)](normals, out, dim, num_slices, SMALLEST=1e-30, BLOCK_D=64, BLOCK_K=16)
+    divide_by_norm_kernel[(triton.cdiv(num_slices, 16),)](normals, out, dim, num_slices, SMALLEST=1e-30,
+                                                          BLOCK_D=64, BLOCK_K=16)
     return out
