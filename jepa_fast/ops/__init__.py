@@ -9,11 +9,12 @@ from .gather_patches import gather_patches, scatter_patches
 from .gather_tokens import gather_tokens, scatter_tokens
 from .latent_loss import latent_loss
 from .layer_norm import layer_norm
+from .multiblock import multiblock
 from .sigreg import Quadrature, sigreg
 from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 
 __all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "bias_gelu", "checks_on_device",
            "directions", "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm",
-           "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend", "varlen_attention",
-           "varlen_attention_qkv", "why_not"]
+           "multiblock", "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend",
+           "varlen_attention", "varlen_attention_qkv", "why_not"]
