@@ -21,6 +21,10 @@ void define_ops(Library& m) {
   m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
         "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, float[] lr, float[] weight_decay, "
         "int[] step, float beta1, float beta2, float eps, float momentum, Tensor? grad_scale) -> ()");
+  // CUDA only: what changes from step to step comes from a tensor, [len(params), 5], see csrc/cuda/adamw_ema.cu
+  m.def("adamw_ema_scalars_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, Tensor scalars, float beta1, "
+        "float beta2, float eps, Tensor? grad_scale) -> ()");
   m.def("latent_loss(Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, float beta, float eps, "
         "Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "

@@ -20,7 +20,7 @@ def _supports(target, source, momentum):
 
 define("ema_update_(Tensor(a!)[] target, Tensor[] source, float momentum) -> ()",
        plain=reference.ema_update_, cpp=compiled("ema_update_", call=_native, supports=_supports),
-       cuda=cuda("ema_update_", (torch.float32, torch.bfloat16, torch.float16), _native, _supports))
+       cuda=cuda("ema_update_", call=_native, supports=_supports))
 
 
 @torch.library.register_fake("jepa_fast::ema_update_")
