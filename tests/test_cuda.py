@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jepa_fast import testing
+from jepa_fast import ops, testing
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -89,6 +89,32 @@ def test_touches_its_tensors_only(spec):
             ours = testing.run(spec, arguments, "cuda")
         for name in expected:
             torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=f"{case} {name}")
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", SPECS)
+def test_float16(spec):
+    """Every case but those beyond float16's range, by the same error rule."""
+    for case in spec.cases:
+        arguments = testing.make(spec, case, torch.float16)
+        if case.is_large or any(isinstance(v, torch.Tensor) and not v.isfinite().all() for v in arguments.values()):
+            continue
+        ours, plain, exact = testing.run_three_ways(spec, case, "cuda", torch.float16)
+        testing.assert_within_error_rule(ours, plain, exact, spec.floor)
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_rows_are_found_in_a_long_index(is_sorted):
+    """An index of several spans: the rows of scatters, in their order, whether it ascends or not."""
+    g = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 40, (1, 2500), generator=g)
+    index = index.sort(1).values if is_sorted else index
+    values = torch.randn(1, 2500, 9, generator=g)
+    expected = torch.zeros(40, 9).index_add_(0, index[0], values[0])  # in order, on the CPU
+    with ops.use_backend("cuda"):
+        ours = ops.scatter_tokens(values, index, 41)
+    assert torch.equal(ours[0, :40], expected) and not ours[0, 40].any()
 
 
 @needs_compiler
