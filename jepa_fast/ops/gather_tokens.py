@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import gather_tokens as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -40,10 +40,11 @@ def _scatter_native(raw, values, index, num_tokens, fill, positions):
 
 define("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? position_index) -> Tensor",
        plain=reference.gather_tokens, cpp=compiled("gather_tokens", _DTYPES, _gather_native),
-       triton=triton("gather_tokens"), check=_check_gather)
+       cuda=cuda("gather_tokens", call=_gather_native), triton=triton("gather_tokens"), check=_check_gather)
 define("scatter_tokens(Tensor values, Tensor index, SymInt num_tokens, Tensor? fill, Tensor? positions) -> Tensor",
        plain=reference.scatter_tokens, cpp=compiled("scatter_tokens", _DTYPES, _scatter_native),
        triton=triton("gather_tokens.scatter_tokens"),
+       cuda=cuda("scatter_tokens", call=_scatter_native),
        check=lambda values, index, num_tokens, fill, positions: _check_range("index", index, num_tokens))
 
 
