@@ -2,7 +2,7 @@
 
     python -m bench.resources [--op gather_tokens] [--arch 80 90 100] [--out bench/results/resources.json]
 
-Compiles each op's `gate` cases in bfloat16 and float32 for sm_80, sm_90 and sm_100, reads registers, spills, shared
+Compiles each op's `gate` cases for sm_80, sm_90 and sm_100, reads registers, spills, shared
 memory and tensor-core instructions, and ends with status 1 if a kernel spills, cannot fit, or does not use the tensor
 cores that it should.
 """
@@ -31,21 +31,22 @@ class Arguments:
 
 
 def compiled_rows(spec: testing.OpSpec, arch: int) -> list[dict]:
-    """One row per compiled variant of the kernels behind an op."""
+    """One row per compiled variant of the kernels behind an op, and one for variants that take the same."""
     from .compile_only import compile_only, resources
 
-    rows: dict[str, dict] = {}
-    for case in spec.gate or spec.cases[-1:]:
-        for dtype in spec.dtypes:
-            if dtype not in DTYPES:
-                continue
-            with compile_only(arch) as compiled:
-                testing.run(spec, testing.make(spec, case, dtype), "triton")
-            for key, (name, kernel) in compiled.items():
-                if key not in rows:
-                    taken = resources(name, kernel, arch)
-                    rows[key] = {"op": spec.name, "case": str(case), "dtype": str(dtype).removeprefix("torch."),
-                                 **dataclasses.asdict(taken), "problems": taken.problems()}
+    rows: dict[tuple, dict] = {}
+    seen: set[str] = set()
+    gate = spec.gate or {dtype: spec.cases[-1:] for dtype in DTYPES if dtype in spec.dtypes}
+    for dtype, case in [(dtype, case) for dtype, cases in gate.items() for case in cases]:
+        with compile_only(arch) as compiled:
+            testing.run(spec, testing.make(spec, case, dtype), "triton")
+        for key, (name, kernel) in compiled.items():
+            if key not in seen:
+                seen.add(key)
+                taken = resources(name, kernel, arch)
+                rows.setdefault((dtype, taken), {
+                    "op": spec.name, "case": str(case), "dtype": str(dtype).removeprefix("torch."),
+                    **dataclasses.asdict(taken), "problems": taken.problems()})
     return list(rows.values())
 
 
@@ -54,8 +55,8 @@ def gated_specs() -> list[testing.OpSpec]:
 
 
 def markdown(rows: list[dict], title: str) -> str:
-    lines = [title, "", "| kernel | case | dtype | GPU | registers | spills | shared memory | warps | stages | tensor core |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    columns = ("kernel", "case", "dtype", "GPU", "registers", "spills", "shared memory", "warps", "stages", "tensor core")
+    lines = [title, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {row['kernel']} | {row['case']} | {row['dtype']} | sm_{row['arch']} | {row['registers']} | "
               f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.1f} KiB | {row['num_warps']} | {row['num_stages']} | "
               f"{row['tensor_core'] or ''} |" for row in rows]

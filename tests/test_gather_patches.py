@@ -10,6 +10,7 @@ from jepa_fast import ops, testing
 from jepa_fast.ops import gather_patches, scatter_patches
 
 BACKENDS = testing.OPS["gather_patches"].backends()
+NO_FLOAT64 = ("triton", "cuda")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -30,6 +31,8 @@ def visible(B, N, K, seed=1):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gather_equals_unfold(backend, dtype, channels_last):
+    if dtype == torch.float64 and backend in NO_FLOAT64:
+        pytest.skip(f"{backend} has no float64 version")
     pixels = draw((3, 3, 32, 48)).to(dtype)
     if channels_last:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -90,12 +93,12 @@ def test_linear_of_patches_is_the_convolution(backend, shape, patch_size, convol
 
 
 def test_scatter_is_the_adjoint(backend):
-    """<gather(x), y> = <x, scatter(y)> for any x, y; repeated patches included."""
-    pixels, index = draw((2, 3, 20, 24), dtype=torch.float64), torch.tensor([[0, 3, 3, 11], [7, 7, 7, 2]])
-    patches = draw((2, 4, 3 * 6 * 5), 1, torch.float64)
+    """<gather(x), y> = <x, scatter(y)> for any x, y, repeated patches included: exact in small integers."""
+    pixels, index = draw((2, 3, 20, 24)).mul(4).round(), torch.tensor([[0, 3, 3, 11], [7, 7, 7, 2]])
+    patches = draw((2, 4, 3 * 6 * 5), 1).mul(4).round()
     left = (gather_patches(pixels, index, (6, 5)) * patches).sum()
     right = (pixels * scatter_patches(patches, index, pixels.shape, (6, 5))).sum()
-    torch.testing.assert_close(left, right, rtol=1e-13, atol=1e-13)
+    assert torch.equal(left, right)
 
 
 def test_scatter_of_all_patches_restores_the_pixels(backend):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import adamw_ema as reference
-from ._define import compiled, define
+from ._define import compiled, cuda, define, triton
 from ._tensor_lists import MASTER_DTYPES, check_floating, check_like, mark_changed, why_not_flat
 
 
@@ -12,8 +12,7 @@ def _native(raw, params, grads, exp_avg, exp_avg_sq, average, shadow, average_sh
     if params:  # nothing to dispatch on otherwise
         *scalars, grad_scale = scalars
         raw.adamw_ema_(params, [g.contiguous() for g in grads], exp_avg, exp_avg_sq, average, shadow,
-                                         average_shadow, *scalars,
-                                         None if grad_scale is None else grad_scale.contiguous())
+                       average_shadow, *scalars, None if grad_scale is None else grad_scale.contiguous())
     mark_changed(params, exp_avg, exp_avg_sq, average, shadow, average_shadow)
 
 
@@ -25,7 +24,9 @@ def _supports(params, grads, exp_avg, exp_avg_sq, average, shadow, average_shado
 define("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, float[] lr, float[] weight_decay, "
        "int[] step, float beta1, float beta2, float eps, float momentum, Tensor? grad_scale) -> ()",
-       plain=reference.adamw_ema_, cpp=compiled("adamw_ema_", call=_native, supports=_supports))
+       plain=reference.adamw_ema_, cpp=compiled("adamw_ema_", call=_native, supports=_supports),
+       triton=triton("adamw_ema.adamw_ema_", supports=_supports),
+       cuda=cuda("adamw_ema_", call=_native, supports=_supports))
 
 
 @torch.library.register_fake("jepa_fast::adamw_ema_")

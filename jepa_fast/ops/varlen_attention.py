@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..reference import varlen_attention as reference
-from ._define import Implementation, Slower, compiled, define, triton
-from ._torch_attention import backward as _torch_backward
+from . import _attention_peers as peers
+from ._define import Slower, compiled, define, triton
 from ._torch_attention import empty_lse, whole_rows
-from ._torch_attention import forward as _torch
 
 _MAX_HEAD_DIM = 256
 
@@ -22,6 +21,12 @@ def _check_qkv(qkv, cu_seqlens, max_seqlen, *_):
 
 
 def _check_cu_seqlens(what, cu_seqlens, rows_of, rows, what_longest, longest):
+    if cu_seqlens.device.type != "cpu":
+        lengths = cu_seqlens.diff()
+        fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows) & ((lengths >= 0) & (lengths <= longest)).all()
+        torch._assert_async(fits, f"{what} must rise from 0 to the {rows} rows of {rows_of}, no sequence longer than "
+                                  f"{what_longest}, {longest}")
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"{what} must start at 0, got {bounds[0]}")
@@ -133,33 +138,32 @@ def _for_qkv(slower: Slower) -> Slower:
 
 
 _FORWARD, _BACKWARD = _rotated(_native), _rotated_backward(_native_backward)
-_TORCH, _TORCH_BACKWARD = _rotated(_torch), _rotated_backward(_torch_backward)
 _HOW = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, "
         "Tensor? rotary_q, Tensor? rotary_k, SymInt frame_size")
 _HOW_QKV = "Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? rotary, SymInt frame_size"
 define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention, check=_check_lengths,
        cpp=compiled("varlen_attention", call=_FORWARD, supports=_full_only, slower=_SLOWER),
-       torch=Implementation(_TORCH, ("cpu",), _full_only),
+       **peers.backends(_rotated, is_backward=False),
        triton=triton("varlen_attention", supports=_positive_scale))
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) "
        "-> (Tensor, Tensor, Tensor)",
        plain=reference.varlen_attention_backward,
        check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest),
        cpp=compiled("varlen_attention_backward", call=_BACKWARD, supports=_full_only, slower=_SLOWER_BACKWARD),
-       torch=Implementation(_TORCH_BACKWARD, ("cpu",), _full_only),
+       **peers.backends(_rotated_backward, is_backward=True),
        triton=triton("varlen_attention_backward", supports=_positive_scale))
 define(f"varlen_attention_qkv(Tensor qkv, {_HOW_QKV}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention_qkv, check=_check_qkv,
        cpp=compiled("varlen_attention", call=_qkv_forward(_FORWARD), supports=_full_only, slower=_for_qkv(_SLOWER)),
-       torch=Implementation(_qkv_forward(_TORCH), ("cpu",), _full_only),
+       **peers.backends(lambda function: _qkv_forward(_rotated(function)), is_backward=False),
        triton=triton("varlen_attention.varlen_attention_qkv", supports=_positive_scale))
 define(f"varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_HOW_QKV}) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
        check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest),
        cpp=compiled("varlen_attention_backward", call=_qkv_backward(_BACKWARD), supports=_full_only,
                     slower=_for_qkv(_SLOWER_BACKWARD)),
-       torch=Implementation(_qkv_backward(_TORCH_BACKWARD), ("cpu",), _full_only),
+       **peers.backends(lambda function: _qkv_backward(_rotated_backward(function)), is_backward=True),
        triton=triton("varlen_attention_backward.varlen_attention_qkv_backward", supports=_positive_scale))
 
 

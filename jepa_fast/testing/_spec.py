@@ -45,7 +45,8 @@ class OpSpec:
     copies: bool = False                      # results must be bit-equal to plain, not only within the error rule
     floor: float = 1.0                        # errors below so many roundings count as none; more for differences
     bench: list[Case] = field(default_factory=list)  # shapes of official runs, to be timed
-    gate: list[Case] = field(default_factory=list)   # small cases that reach every shipped configuration: compiled
+    # by dtype, small cases that reach every shipped configuration: compiled for every GPU; where empty the last of `cases`
+    gate: dict[torch.dtype, list[Case]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
