@@ -50,10 +50,19 @@ def first_query(key, n_q, n_k, frame_size, FRAME_CAUSAL: tl.constexpr):
 
 @triton.jit
 def load_lse(lse_ptr, count, BLOCK_M: tl.constexpr):
-    """In powers of two; infinite beyond count and where a query has no key, so that 2^(s - lse) is 0 there."""
+    """Infinite beyond count and where a query has no key, so that exp(s - lse) is 0 there."""
     offs_m = tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < count, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def weights(s, lse, scale, EXACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """exp(scale * s - lse); EXACT: the difference is taken before the change of base, whose factors are rounded."""
+    if EXACT:
+        return tl.exp2((s * scale - lse) * _LOG2E)
+    else:
+        return exp2(s * (scale * _LOG2E) - lse * _LOG2E, POLYNOMIAL)
 
 
 @triton.jit
@@ -103,8 +112,9 @@ def short_backward_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_se
         q0, q1 = rotate_head(q0, q1, rotary_q_ptr, row, count, R_Q, BLOCK_D1, False)
         delta = dot_rows(g0, g1, o0, o1, BLOCK_D1)
         lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M)
-        s = dot_heads(k0, k1, q0, q1, BLOCK_D1) * (scale * _LOG2E)                  # [BLOCK_N, BLOCK_M]
-        p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], exp2(s - lse[None, :], POLYNOMIAL), 0.0)
+        s = dot_heads(k0, k1, q0, q1, BLOCK_D1)                                     # [BLOCK_N, BLOCK_M]
+        p = weights(s, lse[None, :], scale, q0.dtype == tl.float32, POLYNOMIAL)
+        p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], p, 0.0)
         dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, BLOCK_D1)
         ds = p * (dot_heads(v0, v1, g0, g1, BLOCK_D1) - delta[None, :])
         ds = ds.to(q0.dtype)
@@ -164,8 +174,8 @@ def backward_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seq
             g0, g1 = load_head(grad_ptr + head * D, row, count, H, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
             lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M)
             delta = tl.load(delta_ptr + head * P_q + row + offs_m, mask=offs_m < count, other=0.0)
-            s = dot_heads(k0, k1, q0, q1, BLOCK_D1) * (scale * _LOG2E)              # [BLOCK_N, BLOCK_M]
-            p = exp2(s - lse[None, :], POLYNOMIAL)
+            s = dot_heads(k0, k1, q0, q1, BLOCK_D1)                                 # [BLOCK_N, BLOCK_M]
+            p = weights(s, lse[None, :], scale, q0.dtype == tl.float32, POLYNOMIAL)
             if not WHOLE:
                 p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], p, 0.0)
             dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, BLOCK_D1)
@@ -207,8 +217,8 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
         for start_n in tl.range(end_whole if MASKED else 0, end if MASKED else end_whole, BLOCK_N):
             k0, k1 = load_head(k_ptr, row_k + start_n, n_k - start_n, stride_kp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
             v0, v1 = load_head(v_ptr, row_k + start_n, n_k - start_n, stride_vp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
-            s = dot_heads(q0, q1, k0, k1, BLOCK_D1) * (scale * _LOG2E)              # [BLOCK_M, BLOCK_N]
-            p = exp2(s - lse[:, None], POLYNOMIAL)
+            s = dot_heads(q0, q1, k0, k1, BLOCK_D1)                                 # [BLOCK_M, BLOCK_N]
+            p = weights(s, lse[:, None], scale, q0.dtype == tl.float32, POLYNOMIAL)
             if MASKED:
                 p = tl.where((start_n + offs_n)[None, :] < visible[:, None], p, 0.0)
             ds = p * (dot_heads(g0, g1, v0, v1, BLOCK_D1) - delta[:, None])
