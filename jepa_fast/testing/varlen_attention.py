@@ -111,6 +111,7 @@ ATTENTION = OpSpec(
     random_case=_random,
     floor=2.0,  # g v^T - rowsum(g * out) is a small difference: by chance ours is not always where that of plain is
     bench=[_attend("vits16-224-b16-context-untrimmed", 6, 64, [60 + 7 * i % 40 for i in range(16)])],
+    gate={torch.bfloat16: [_attend("cross", 2, 64, [150], [120])], torch.float32: [_attend("cross", 2, 64, [40], [20])]},
 )
 
 ATTENTION_QKV = OpSpec(
@@ -130,6 +131,10 @@ ATTENTION_QKV = OpSpec(
     random_case=_random_qkv,
     floor=2.0,
     bench=[_attend_qkv("vits16-224-b16", 6, 64, [196] * 16)],
+    gate={torch.bfloat16: [_attend_qkv(f"d{d}-{n}", 2, d, [n], R=R, frame_size=30) for d, n, R in (
+              (24, 114, 24), (32, 200, 30), (64, 83, 60), (64, 200, 60), (80, 70, 78), (80, 256, 78), (128, 200, 126))]
+          + [_attend_qkv("d64-256-plain", 2, 64, [256])],
+          torch.float32: [_attend_qkv("d64-30", 2, 64, [30], R=60), _attend_qkv("d64-200", 2, 64, [200], R=60)]},
 )
 
 SPECS = [ATTENTION, ATTENTION_QKV]
