@@ -245,7 +245,7 @@ def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dty
 def _kv_config(d: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return float32_config("long-backward-kv", d)
-    wide = 128 if capability() >= 90 else 96
+    wide = 128 if capability() >= 90 else 80
     BLOCK_M, BLOCK_N = (64, 128) if d <= 64 else (32, 128) if d <= wide else (32, 64) if d <= 128 else (32, 32)
     return config("long-backward-kv", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2)
 
@@ -253,8 +253,10 @@ def _kv_config(d: int, dtype: torch.dtype) -> dict:
 def _q_config(d: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return float32_config("long-backward-q", d)
-    BLOCK_M, BLOCK_N = (128, 64) if d <= (128 if capability() >= 90 else 96) else (64, 32)
-    return config("long-backward-q", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2)
+    BLOCK_M, BLOCK_N = (128, 64) if d <= (128 if capability() >= 90 else 80) else (64, 32)
+    # on sm_100 the assembler would rather spill than take more than 128 registers
+    return config("long-backward-q", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2,
+                  maxnreg=255 if capability() >= 100 else None)
 
 
 def _short(constants, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, rotary_q, rotary_k, frame_size, dq, dk,
