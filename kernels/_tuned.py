@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator
 
 import torch
+import triton
 
 _asked: dict[tuple[str, str], None] = {}   # (op, key) of every look-up, in order
 _trial: dict[tuple[str, str], dict] = {}   # what a sweep tries now
@@ -25,6 +26,11 @@ def _table() -> dict:
 def architecture() -> str | None:
     """"sm_90" and the like; None without a GPU."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+
+
+def capability() -> int:
+    """90 for sm_90: of the GPU, or of the target where kernels are compiled without one; 90 where they are interpreted."""
+    return 90 if triton.knobs.runtime.interpret else int(triton.runtime.driver.active.get_current_target().arch)
 
 
 def tuned(op: str, key: str) -> dict:

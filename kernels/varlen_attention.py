@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tuned import tuned
+from ._tuned import capability, tuned
 
 _LOWEST = tl.constexpr(-1e30)  # a floor under the running maximum: without keys 2^(-inf - maximum) is 0, never NaN
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -120,8 +120,10 @@ def rotate_columns(x, rotary_ptr, row, count, R: tl.constexpr, START: tl.constex
     offs_r, offs_d = tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1]) + START
     mask = (offs_r < count)[:, None] & (offs_d < R)[None, :]
     rotary_ptr += row * (2 * R) + offs_r[:, None] * (2 * R) + offs_d[None, :]
-    cos = tl.load(rotary_ptr, mask=mask, other=1.0)
-    sin = tl.load(rotary_ptr + R, mask=mask, other=0.0)
+    # the two maps load apart, so that the compiler does not keep the table in registers from one to the other
+    policy: tl.constexpr = "evict_first" if TRANSPOSED else "evict_last"
+    cos = tl.load(rotary_ptr, mask=mask, other=1.0, eviction_policy=policy)
+    sin = tl.load(rotary_ptr + R, mask=mask, other=0.0, eviction_policy=policy)
     y = x.to(tl.float32)
     y = y * cos + (swap(y * sin) if TRANSPOSED else swap(y) * sin)
     return y.to(x.dtype)
@@ -262,15 +264,21 @@ def rotate_kernel(x_ptr, out_ptr, rotary_ptr, P, H, stride_p, stride_h, D: tl.co
 
 
 def head_blocks(d: int) -> dict:
-    """A head of width d as one block of columns, or as two where that is fewer."""
+    """A head of width d as one block of columns, or as two where that is fewer; none is wider than 128."""
     whole = max(triton.next_power_of_2(d), 16)
-    rest = max(triton.next_power_of_2(d - whole // 2), 16) if d > whole // 2 else 0
-    return dict(BLOCK_D0=whole // 2, BLOCK_D1=rest) if 16 <= rest < whole // 2 else dict(BLOCK_D0=whole, BLOCK_D1=0)
+    first = whole // 2
+    rest = max(triton.next_power_of_2(d - first), 16) if d > first else 0
+    is_split = 0 < rest < first or whole > 128
+    return dict(BLOCK_D0=first, BLOCK_D1=rest) if is_split else dict(BLOCK_D0=whole, BLOCK_D1=0)
 
 
-def is_short(d: int, max_seqlen_k: int, dtype: torch.dtype) -> bool:
-    """All keys of a sequence fit one block."""
-    return max_seqlen_k <= (128 if d <= 128 and dtype != torch.float32 else 64 if d <= 128 else 32)
+def block_size(length: int, largest: int = 128) -> int:
+    return max(16, min(triton.next_power_of_2(length), largest))
+
+
+def fits_one_block(d: int, max_seqlen_k: int, num_elements: int) -> bool:
+    """All keys of a sequence in one block of at most 128 keys and num_elements numbers."""
+    return max_seqlen_k <= 128 and block_size(max_seqlen_k) * sum(head_blocks(d).values()) <= num_elements
 
 
 def config(kind: str, d: int, dtype: torch.dtype, **default) -> dict:
@@ -279,18 +287,27 @@ def config(kind: str, d: int, dtype: torch.dtype, **default) -> dict:
     return head_blocks(d) | default | tuned("varlen_attention", key)
 
 
-def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> dict:
-    BLOCK_N = max(triton.next_power_of_2(max_seqlen_k), 16)
-    BLOCK_M = min(max(triton.next_power_of_2(max_seqlen_q), 16), 128 if dtype != torch.float32 else 32)
+def float32_config(kind: str, d: int) -> dict:
+    """Small blocks: float32 is multiplied exactly, not by the tensor cores, with whole rows in registers."""
+    BLOCK_M, BLOCK_N = 32 if d <= 64 else 16, 32 if d <= 96 else 16
+    return config(kind, d, torch.float32, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2)
+
+
+def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> dict | None:
+    """None where the keys of a sequence do not fit one block."""
+    is_float32, is_hopper = dtype == torch.float32, capability() >= 90
+    if d > 128 or not fits_one_block(d, max_seqlen_k, 3072 if is_float32 else 16384 if is_hopper else 4096):
+        return None
+    BLOCK_M, BLOCK_N = block_size(max_seqlen_q, 32 if is_float32 else 128 if is_hopper else 64), block_size(max_seqlen_k)
     return config(f"short{BLOCK_N}", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=_polynomial(d, BLOCK_N, dtype),
                   num_warps=8 if BLOCK_M == 128 else 4, num_stages=1)
 
 
 def _long_config(d: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
-        return config("long", d, dtype, BLOCK_M=32, BLOCK_N=32, POLYNOMIAL=0, num_warps=4 if d <= 128 else 8, num_stages=1)
-    BLOCK_N, num_stages = (64, 3) if d <= 128 else (32, 2)
-    return config("long", d, dtype, BLOCK_M=128, BLOCK_N=BLOCK_N, POLYNOMIAL=_polynomial(d, BLOCK_N, dtype),
+        return float32_config("long", d)
+    BLOCK_M, BLOCK_N, num_stages = (128, 64, 3) if d <= 128 else (64, 32, 2)
+    return config("long", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=_polynomial(d, BLOCK_N, dtype),
                   num_warps=4 if d <= 64 else 8, num_stages=num_stages)
 
 
@@ -331,8 +348,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     lse = torch.empty(H, P_q, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    short = is_short(d, max_seqlen_k, q.dtype)
-    constants = _short_config(d, max_seqlen_q, max_seqlen_k, q.dtype) if short else _long_config(d, q.dtype)
+    short = _short_config(d, max_seqlen_q, max_seqlen_k, q.dtype)
+    constants = short or _long_config(d, q.dtype)
     if not short:
         q, k = rotated(q, rotary_q), rotated(k, rotary_k)
     (q, *strides_q), (k, *strides_k), (v, *strides_v) = (in_heads(x) for x in (q, k, v))

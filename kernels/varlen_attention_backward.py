@@ -16,15 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tuned import capability
 from .varlen_attention import (
     _LOG2E,
     add_dot,
+    block_size,
     config,
     dot_heads,
     exp2,
+    fits_one_block,
+    float32_config,
     head_blocks,
     in_heads,
-    is_short,
     load_head,
     num_visible,
     rotary_columns,
@@ -37,11 +40,29 @@ from .varlen_attention import (
 
 
 @triton.jit
+def first_query(key, n_q, n_k, frame_size, FRAME_CAUSAL: tl.constexpr):
+    """The first query that attends to a key (all later ones do), negative before the first row."""
+    if FRAME_CAUSAL:
+        return key // frame_size * frame_size - (n_k - n_q)
+    else:
+        return key * 0
+
+
+@triton.jit
 def load_lse(lse_ptr, count, BLOCK_M: tl.constexpr):
-    """In powers of two; infinite beyond count and where a query has no key, so that 2^(s - lse) is 0 there."""
+    """Infinite beyond count and where a query has no key, so that exp(s - lse) is 0 there."""
     offs_m = tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < count, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def weights(s, lse, scale, EXACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """exp(scale * s - lse); EXACT: the difference is taken before the change of base, whose factors are rounded."""
+    if EXACT:
+        return tl.exp2((s * scale - lse) * _LOG2E)
+    else:
+        return exp2(s * (scale * _LOG2E) - lse * _LOG2E, POLYNOMIAL)
 
 
 @triton.jit
@@ -80,6 +101,7 @@ def short_backward_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_se
     k0, k1 = rotate_head(k0, k1, rotary_k_ptr, row_k, n_k, R_K, BLOCK_D1, False)
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    first = tl.where(offs_n < n_k, first_query(offs_n, n_q, n_k, frame_size, FRAME_CAUSAL), n_q)
     dk0, dk1 = zeros_head(BLOCK_N, BLOCK_D0, BLOCK_D1)
     dv0, dv1 = zeros_head(BLOCK_N, BLOCK_D0, BLOCK_D1)
     for start_m in tl.range(0, n_q, BLOCK_M):
@@ -90,10 +112,9 @@ def short_backward_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_se
         q0, q1 = rotate_head(q0, q1, rotary_q_ptr, row, count, R_Q, BLOCK_D1, False)
         delta = dot_rows(g0, g1, o0, o1, BLOCK_D1)
         lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M)
-        visible = num_visible(start_m + offs_m, n_q, n_k, frame_size, FRAME_CAUSAL)
-
-        s = dot_heads(k0, k1, q0, q1, BLOCK_D1) * (scale * _LOG2E)                  # [BLOCK_N, BLOCK_M]
-        p = tl.where(offs_n[:, None] < visible[None, :], exp2(s - lse[None, :], POLYNOMIAL), 0.0)
+        s = dot_heads(k0, k1, q0, q1, BLOCK_D1)                                     # [BLOCK_N, BLOCK_M]
+        p = weights(s, lse[None, :], scale, q0.dtype == tl.float32, POLYNOMIAL)
+        p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], p, 0.0)
         dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, BLOCK_D1)
         ds = p * (dot_heads(v0, v1, g0, g1, BLOCK_D1) - delta[None, :])
         ds = ds.to(q0.dtype)
@@ -101,8 +122,8 @@ def short_backward_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_se
         dq0, dq1 = zeros_head(BLOCK_M, BLOCK_D0, BLOCK_D1)
         dq0, dq1 = add_dot(dq0, dq1, tl.trans(ds), k0, k1, BLOCK_D1)
         store_turned(dq_ptr + head * D, dq0, dq1, rotary_q_ptr, row, count, stride_dp, scale, D, R_Q, BLOCK_D1)
-    store_turned(dk_ptr + head * D, dk0, dk1, rotary_k_ptr, row_k, n_k, stride_dp, scale, D, R_K, BLOCK_D1)
     store_head(dv_ptr + head * D, dv0, dv1, row_k, n_k, stride_dp, D, BLOCK_D1)
+    store_turned(dk_ptr + head * D, dk0, dk1, rotary_k_ptr, row_k, n_k, stride_dp, scale, D, R_K, BLOCK_D1)
 
 
 @triton.jit
@@ -138,13 +159,12 @@ def backward_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seq
     v0, v1 = load_head(v_ptr + head * stride_vh * D, row_k, count_k, stride_vp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    begin = 0      # the first query that sees a key of the block
-    end_part = 0   # from here on every query sees all of them
+    first = first_query(offs_n, n_q, n_k, frame_size, FRAME_CAUSAL)
+    begin, end_part = 0, 0  # the first query that sees one of the keys, and that from which on all see all of them
     if FRAME_CAUSAL:
-        begin = tl.maximum(start_n // frame_size * frame_size - (n_k - n_q), 0)
-        last = tl.minimum(start_n + BLOCK_N, n_k) - 1
-        end_part = tl.maximum(last // frame_size * frame_size - (n_k - n_q), 0)
-        end_part = tl.minimum(begin + tl.cdiv(end_part - begin, BLOCK_M) * BLOCK_M, n_q)
+        begin = tl.maximum(first_query(start_n, n_q, n_k, frame_size, FRAME_CAUSAL), 0)
+        end_part = first_query(tl.minimum(start_n + BLOCK_N, n_k) - 1, n_q, n_k, frame_size, FRAME_CAUSAL)
+        end_part = tl.minimum(begin + tl.cdiv(tl.maximum(end_part - begin, 0), BLOCK_M) * BLOCK_M, n_q)
     dk0, dk1 = zeros_head(BLOCK_N, BLOCK_D0, BLOCK_D1)
     dv0, dv1 = zeros_head(BLOCK_N, BLOCK_D0, BLOCK_D1)
     for WHOLE in tl.static_range(0 if FRAME_CAUSAL else 1, 2):
@@ -154,16 +174,15 @@ def backward_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seq
             g0, g1 = load_head(grad_ptr + head * D, row, count, H, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
             lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M)
             delta = tl.load(delta_ptr + head * P_q + row + offs_m, mask=offs_m < count, other=0.0)
-            s = dot_heads(k0, k1, q0, q1, BLOCK_D1) * (scale * _LOG2E)              # [BLOCK_N, BLOCK_M]
-            p = exp2(s - lse[None, :], POLYNOMIAL)
+            s = dot_heads(k0, k1, q0, q1, BLOCK_D1)                                 # [BLOCK_N, BLOCK_M]
+            p = weights(s, lse[None, :], scale, q0.dtype == tl.float32, POLYNOMIAL)
             if not WHOLE:
-                visible = num_visible(start_m + offs_m, n_q, n_k, frame_size, FRAME_CAUSAL)
-                p = tl.where(offs_n[:, None] < visible[None, :], p, 0.0)
+                p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], p, 0.0)
             dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, BLOCK_D1)
             ds = p * (dot_heads(v0, v1, g0, g1, BLOCK_D1) - delta[None, :])
             dk0, dk1 = add_dot(dk0, dk1, ds, q0, q1, BLOCK_D1)
-    store_turned(dk_ptr + head * D, dk0, dk1, rotary_k_ptr, row_k, count_k, stride_dp, scale, D, R_K, BLOCK_D1)
     store_head(dv_ptr + head * D, dv0, dv1, row_k, count_k, stride_dp, D, BLOCK_D1)
+    store_turned(dk_ptr + head * D, dk0, dk1, rotary_k_ptr, row_k, count_k, stride_dp, scale, D, R_K, BLOCK_D1)
 
 
 @triton.jit
@@ -198,8 +217,8 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
         for start_n in tl.range(end_whole if MASKED else 0, end if MASKED else end_whole, BLOCK_N):
             k0, k1 = load_head(k_ptr, row_k + start_n, n_k - start_n, stride_kp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
             v0, v1 = load_head(v_ptr, row_k + start_n, n_k - start_n, stride_vp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
-            s = dot_heads(q0, q1, k0, k1, BLOCK_D1) * (scale * _LOG2E)              # [BLOCK_M, BLOCK_N]
-            p = exp2(s - lse[:, None], POLYNOMIAL)
+            s = dot_heads(q0, q1, k0, k1, BLOCK_D1)                                 # [BLOCK_M, BLOCK_N]
+            p = weights(s, lse[:, None], scale, q0.dtype == tl.float32, POLYNOMIAL)
             if MASKED:
                 p = tl.where((start_n + offs_n)[None, :] < visible[:, None], p, 0.0)
             ds = p * (dot_heads(g0, g1, v0, v1, BLOCK_D1) - delta[:, None])
@@ -207,35 +226,39 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
     store_turned(dq_ptr + head * D, dq0, dq1, rotary_q_ptr, row_q, count_q, stride_dp, scale, D, R_Q, BLOCK_D1)
 
 
-def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> dict:
-    BLOCK_N = max(triton.next_power_of_2(max_seqlen_k), 16)
-    BLOCK_M = min(max(triton.next_power_of_2(max_seqlen_q), 16), 64 if d <= 64 and dtype != torch.float32 else 32)
+def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> dict | None:
+    """None where the keys of a sequence do not fit one block."""
+    is_float32, is_hopper = dtype == torch.float32, capability() >= 90
+    if d > 96 or not fits_one_block(d, max_seqlen_k, 3072 if is_float32 else 10240 if is_hopper else 4096):
+        return None
+    BLOCK_M, BLOCK_N = block_size(max_seqlen_q, 16 if is_float32 else 64 if is_hopper else 32), block_size(max_seqlen_k)
     return config(f"short{BLOCK_N}-backward", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0,
-                  num_warps=8 if BLOCK_N == 128 else 4, num_stages=1)
+                  num_warps=8 if BLOCK_N == 128 or d > 64 else 4, num_stages=1)
 
 
 def _kv_config(d: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
-        return config("long-backward-kv", d, dtype, BLOCK_M=32, BLOCK_N=32, POLYNOMIAL=0, num_warps=8, num_stages=1)
-    BLOCK_N, BLOCK_M = (128, 64) if d <= 64 else (128, 32) if d <= 128 else (64, 32)
+        return float32_config("long-backward-kv", d)
+    wide = 128 if capability() >= 90 else 96
+    BLOCK_M, BLOCK_N = (64, 128) if d <= 64 else (32, 128) if d <= wide else (32, 64) if d <= 128 else (32, 32)
     return config("long-backward-kv", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2)
 
 
 def _q_config(d: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
-        return config("long-backward-q", d, dtype, BLOCK_M=32, BLOCK_N=32, POLYNOMIAL=0, num_warps=8, num_stages=1)
-    BLOCK_M, BLOCK_N = (128, 64) if d <= 128 else (64, 32)
+        return float32_config("long-backward-q", d)
+    BLOCK_M, BLOCK_N = (128, 64) if d <= (128 if capability() >= 90 else 96) else (64, 32)
     return config("long-backward-q", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2)
 
 
-def _short(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k,
-           frame_size, dq, dk, dv) -> None:
+def _short(constants, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, rotary_q, rotary_k, frame_size, dq, dk,
+           dv) -> None:
     (P_q, H, d), num_sequences = q.shape, cu_seqlens_q.shape[0] - 1
     (q, *strides_q), (k, *strides_k), (v, *strides_v) = (in_heads(x) for x in (q, k, v))
     short_backward_kernel[(H * num_sequences,)](
         grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rotary_q, rotary_k, dq, dk, dv, P_q, H, *strides_q,
         *strides_k, *strides_v, in_heads(dq)[1], scale, frame_size, D=d, R_Q=rotary_columns(rotary_q),
-        R_K=rotary_columns(rotary_k), FRAME_CAUSAL=frame_size > 0, **_short_config(d, max_seqlen_q, max_seqlen_k, q.dtype))
+        R_K=rotary_columns(rotary_k), FRAME_CAUSAL=frame_size > 0, **constants)
 
 
 def _long(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k,
@@ -267,9 +290,12 @@ def _backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         return
     grad, out, lse, cu_seqlens_q, cu_seqlens_k = (x.contiguous() for x in (grad, out, lse, cu_seqlens_q, cu_seqlens_k))
     rotary_q, rotary_k = (None if rotary is None else rotary.contiguous() for rotary in (rotary_q, rotary_k))
-    launch = _short if is_short(q.shape[2], max_seqlen_k, q.dtype) else _long
-    launch(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k,
-           frame_size, *into)
+    constants = _short_config(q.shape[2], max_seqlen_q, max_seqlen_k, q.dtype)
+    if constants:
+        _short(constants, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, rotary_q, rotary_k, frame_size, *into)
+    else:
+        _long(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k,
+              frame_size, *into)
 
 
 def varlen_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,

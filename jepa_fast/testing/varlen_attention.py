@@ -58,7 +58,7 @@ def _random_lengths(draw, S):
 
 
 def _random(draw):
-    S, H, d = draw(0, 4), draw(1, 3), draw(1, 70)
+    S, H, d = draw(0, 3), draw(1, 2), draw(1, 70)
     lengths, is_cross = _random_lengths(draw, S), draw(0, 1) == 1
     lengths_k = _random_lengths(draw, S) if is_cross else None
     R, frame_size = draw(0, 1) * 2 * draw(0, d // 2), draw(0, 1) * draw(1, 12)
@@ -67,7 +67,7 @@ def _random(draw):
 
 
 def _random_qkv(draw):
-    S, H, d = draw(0, 4), draw(1, 3), draw(1, 70)
+    S, H, d = draw(0, 3), draw(1, 2), draw(1, 70)
     lengths = _random_lengths(draw, S)
     R, frame_size = draw(0, 1) * 2 * draw(0, d // 2), draw(0, 1) * draw(1, 12)
     return _attend_qkv(f"fuzz-{H}-{d}-{lengths}-{R}-{frame_size}", H, d, lengths, logits=[0.5, 1.0][draw(0, 1)], R=R,
@@ -89,16 +89,20 @@ ATTENTION = OpSpec(
         _attend("no-keys", 2, 16, [7, 3, 4], [5, 0, 2]),
         _attend("no-queries", 2, 16, [7, 0, 4], [5, 6, 2]),
         _attend("one-query", 2, 24, [1, 1], [50, 83]),
-        _attend("cross", 3, 64, [40, 3, 66], [20, 130, 9], longer=10),
-        *[_attend(f"ragged-d{d}", 2, d, _RAGGED) for d in (1, 7, 16, 20, 24, 32, 64, 80, 88, 96, 128, 256)],
+        _attend("cross", 2, 64, [40, 3, 66], [20, 130, 9], longer=10),
+        *[_attend(f"ragged-d{d}", 2, d, _RAGGED) for d in (1, 7, 16, 20, 24, 32, 64)],
+        *[_attend(f"ragged-d{d}", 2, d, [5, 0, 20, 1]) for d in (48, 80, 88, 96, 104, 128, 160, 256)],
         _attend("scale", 2, 32, _RAGGED, scale=0.5),
-        *[_attend(f"rotary-d{d}", 2, d, _RAGGED, R=R) for d, R in ((7, 6), (24, 24), (32, 30), (64, 60), (80, 78))],
+        *[_attend(f"rotary-d{d}", 2, d, _RAGGED, R=R) for d, R in ((7, 6), (24, 24), (64, 60), (80, 78))],
         _attend("rotary-cross", 2, 64, [40, 3, 66], [20, 130, 9], R=60),
         _attend("frames", 2, 32, [40, 12, 0, 7], frame_size=10),
         _attend("frames-of-a-cache", 2, 32, [20, 5, 30], [50, 5, 12], frame_size=10),
-        _attend("frames-rotary", 1, 64, [135], [270], R=60, frame_size=90),
-        _attend("large-logits", 2, 64, [40, 70], logits=30.0),
-        _attend("two-tiles", 1, 24, [300], [290]),
+        _attend("frames-rotary", 1, 64, [135], [270], R=60, frame_size=90, is_large=True),
+        _attend("large-logits", 1, 64, [40, 70], logits=30.0),
+        _attend("blocks", 1, 24, [150], [140]),
+        _attend("blocks-frames", 1, 64, [150], [190], R=60, frame_size=45),
+        *[_attend(f"long-d{d}", 1, d, [9, 2], [140, 30], R=R, frame_size=40) for d, R in ((32, 30), (80, 78), (128, 0))],
+        _attend("two-tiles", 1, 24, [300], [290], is_large=True),
         _attend("tiles", 1, 16, [530, 20], [600, 20], is_large=True),
         _attend("ijepa-predictor", 16, 24, [114] * 2, is_large=True),
         _attend("vits16-224-predictor", 6, 64, [83] * 16, is_large=True),
@@ -107,6 +111,7 @@ ATTENTION = OpSpec(
     random_case=_random,
     floor=2.0,  # g v^T - rowsum(g * out) is a small difference: by chance ours is not always where that of plain is
     bench=[_attend("vits16-224-b16-context-untrimmed", 6, 64, [60 + 7 * i % 40 for i in range(16)])],
+    gate={torch.bfloat16: [_attend("cross", 2, 64, [150], [120])], torch.float32: [_attend("cross", 2, 64, [40], [20])]},
 )
 
 ATTENTION_QKV = OpSpec(
@@ -119,13 +124,17 @@ ATTENTION_QKV = OpSpec(
         _attend_qkv("one-token", 1, 1, [1]),
         _attend_qkv("ragged-d24", 3, 24, _RAGGED),
         _attend_qkv("ragged-d64", 2, 64, _RAGGED, scale=0.3),
-        _attend_qkv("large-logits", 2, 80, [40, 70], logits=30.0),
-        _attend_qkv("rotary-frames", 2, 80, [40, 70], R=78, frame_size=20),
+        _attend_qkv("large-logits", 1, 80, [20, 40], logits=30.0),
+        _attend_qkv("rotary-frames", 2, 80, [15, 40], R=78, frame_size=10),
         _attend_qkv("vits16-224", 6, 64, [196] * 4, is_large=True),
     ],
     random_case=_random_qkv,
     floor=2.0,
     bench=[_attend_qkv("vits16-224-b16", 6, 64, [196] * 16)],
+    gate={torch.bfloat16: [_attend_qkv(f"d{d}-{n}", 2, d, [n], R=R, frame_size=30) for d, n, R in (
+              (24, 114, 24), (32, 200, 30), (64, 83, 60), (64, 200, 60), (80, 70, 78), (80, 256, 78), (128, 200, 126))]
+          + [_attend_qkv("d64-256-plain", 2, 64, [256])],
+          torch.float32: [_attend_qkv("d64-30", 2, 64, [30], R=60), _attend_qkv("d64-200", 2, 64, [200], R=60)]},
 )
 
 SPECS = [ATTENTION, ATTENTION_QKV]
