@@ -144,6 +144,18 @@ def test_long_sums_stay_exact(backend, sign):
     assert testing.error(grad_bias, (grad.double() * gelu_and_slope(x)[1]).sum(0)) < 3e-7
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+@pytest.mark.parametrize("P", [95, 96, 97])
+def test_many_rows_per_program(monkeypatch, P):
+    """Sums over rows where a program has several blocks of them, and the last program fewer."""
+    from jepa_fast.kernels import bias_gelu as kernels
+    monkeypatch.setattr(kernels, "NUM_PROGRAMS", 4)
+    x, bias, grad = draw(P, 600), draw(600, seed=1).requires_grad_(), draw(P, 600, seed=2)
+    with ops.use_backend("triton"):
+        (grad_bias,) = torch.autograd.grad(bias_gelu(x, bias), bias, grad)
+    assert testing.error(grad_bias, (grad * gelu_and_slope(x.double() + bias.detach().double())[1]).sum(0)) < 3e-7
+
+
 def test_mlp_is_linear_gelu_linear(backend):
     torch.manual_seed(0)
     mlp, x = Mlp(24, 90), draw(31, 24)

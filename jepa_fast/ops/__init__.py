@@ -2,6 +2,7 @@
 
 from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, checks_on_device, info, use_backend, why_not
 from .adamw_ema import adamw_ema_
+from .assemble_predictor_input import assemble_predictor_input
 from .bias_gelu import bias_gelu
 from .directions import directions
 from .ema_update import ema_update_
@@ -14,7 +15,7 @@ from .sigreg import Quadrature, sigreg
 from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 
-__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "bias_gelu", "checks_on_device",
-           "directions", "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm",
-           "multiblock", "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend",
-           "varlen_attention", "varlen_attention_qkv", "why_not"]
+__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "assemble_predictor_input",
+           "bias_gelu", "checks_on_device", "directions", "ema_update_", "gather_patches", "gather_tokens",
+           "info", "latent_loss", "layer_norm", "multiblock", "scatter_patches", "scatter_tokens", "sigreg",
+           "sigreg_exact", "use_backend", "varlen_attention", "varlen_attention_qkv", "why_not"]

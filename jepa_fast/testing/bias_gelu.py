@@ -48,6 +48,7 @@ BIAS_GELU = OpSpec(
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cases=[
         _case("empty", 0, 16),
+        _case("no-columns", 3, 0),
         _case("one", 1, 1),
         _case("one-row", 1, 45),
         _case("odd", 33, 7),
