@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import bias_gelu as reference
-from ._define import compiled, define
+from ._define import compiled, cuda, define
 
 
 def _forward_native(raw, x, bias):
@@ -24,9 +24,11 @@ def _rows(x: Tensor) -> Tensor:  # [P, D], contiguous
 
 
 define("bias_gelu(Tensor x, Tensor bias) -> Tensor",
-       plain=reference.bias_gelu, cpp=compiled("bias_gelu", call=_forward_native))
+       plain=reference.bias_gelu, cpp=compiled("bias_gelu", call=_forward_native),
+       cuda=cuda("bias_gelu", call=_forward_native))
 define("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor grad_x, Tensor grad_bias)",
-       plain=reference.bias_gelu_backward, cpp=compiled("bias_gelu_backward", call=_backward_native))
+       plain=reference.bias_gelu_backward, cpp=compiled("bias_gelu_backward", call=_backward_native),
+       cuda=cuda("bias_gelu_backward", call=_backward_native))
 
 
 @torch.library.register_fake("jepa_fast::bias_gelu")
