@@ -61,13 +61,14 @@ def test_equals_linear_and_gelu(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_values(backend, dtype):
-    """NaN, and infinities which become it as in PyTorch's own vectors, in whole vectors and in the rest."""
+    """NaN, and infinities: on a CPU they become it, as in PyTorch's own vectors; in whole vectors and in the rest."""
     values = torch.tensor([0.0, -0.0, NAN, INF, -INF, 1e30, -1e30, 14.9, -16.0, 1e-30, -1e-30]).to(dtype)
     D = 5 * len(values)
     x, bias = values.repeat(2, 5).requires_grad_(), torch.zeros(D, dtype=dtype, requires_grad=True)
     exact = x.detach().double().requires_grad_()
     out, expected = bias_gelu(x, bias), F.gelu(exact)
-    expected = torch.where(exact == INF, NAN, expected)
+    if backend != "triton":
+        expected = torch.where(exact == INF, NAN, expected)
     grad, grad_bias = torch.autograd.grad(out, [x, bias], torch.ones_like(out))
     (expected_grad,) = torch.autograd.grad(expected, exact, torch.ones_like(expected))
     for ours, theirs in ((out, expected), (grad, expected_grad), (grad_bias, 2 * expected_grad[0])):

@@ -93,13 +93,12 @@ def test_linear_of_patches_is_the_convolution(backend, shape, patch_size, convol
 
 
 def test_scatter_is_the_adjoint(backend):
-    """<gather(x), y> = <x, scatter(y)> for any x, y; repeated patches included."""
-    dtype, tolerance = (torch.float32, 1e-6) if backend in NO_FLOAT64 else (torch.float64, 1e-13)
-    pixels, index = draw((2, 3, 20, 24), dtype=dtype), torch.tensor([[0, 3, 3, 11], [7, 7, 7, 2]])
-    patches = draw((2, 4, 3 * 6 * 5), 1, dtype)
-    left = (gather_patches(pixels, index, (6, 5)).double() * patches).sum()
-    right = (pixels.double() * scatter_patches(patches, index, pixels.shape, (6, 5))).sum()
-    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+    """<gather(x), y> = <x, scatter(y)> for any x, y, repeated patches included: exact in small integers."""
+    pixels, index = draw((2, 3, 20, 24)).mul(4).round(), torch.tensor([[0, 3, 3, 11], [7, 7, 7, 2]])
+    patches = draw((2, 4, 3 * 6 * 5), 1).mul(4).round()
+    left = (gather_patches(pixels, index, (6, 5)) * patches).sum()
+    right = (pixels * scatter_patches(patches, index, pixels.shape, (6, 5))).sum()
+    assert torch.equal(left, right)
 
 
 def test_scatter_of_all_patches_restores_the_pixels(backend):

@@ -1,4 +1,4 @@
-"""What the ops on lists of tensors (`ema_update_`, `adamw_ema_`) share: checks, and when C++ and CUDA can take lists."""
+"""What the ops on lists of tensors (`ema_update_`, `adamw_ema_`) share: checks of lists, when our own code takes them."""
 
 import torch
 from torch import Tensor
@@ -31,13 +31,13 @@ def check_like(name: str, tensors: list[Tensor], like_name: str, like: list[Tens
 
 
 def why_not_flat(*lists: list[Tensor], dtype: torch.dtype = torch.float32) -> str | None:
-    """Why C++ and CUDA cannot change these tensors in place; None where it can."""
+    """Why our own code cannot change these tensors in place; None where it can."""
     for tensors in lists:
         for t in tensors:
             if t.dtype != dtype:
-                return f"no native version that writes {str(t.dtype).removeprefix('torch.')} here"
+                return f"no version of its own that writes {str(t.dtype).removeprefix('torch.')} here"
             if not t.is_contiguous():
-                return "no native version for tensors that are not contiguous"
+                return "no version of its own for tensors that are not contiguous"
     return None
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import adamw_ema as reference
-from ._define import Missing, compiled, cuda, define
+from ._define import Missing, compiled, cuda, define, triton
 from ._tensor_lists import MASTER_DTYPES, check_floating, check_like, mark_changed, why_not_flat
 
 
@@ -34,6 +34,7 @@ define("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Te
        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, float[] lr, float[] weight_decay, "
        "int[] step, float beta1, float beta2, float eps, float momentum, Tensor? grad_scale) -> ()",
        plain=reference.adamw_ema_, cpp=compiled("adamw_ema_", call=_native, supports=_supports),
+       triton=triton("adamw_ema.adamw_ema_", supports=_supports),
        cuda=cuda("adamw_ema_", call=_native, supports=_supports))
 
 

@@ -10,7 +10,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def _check_range(what: str, index: Tensor, size: int) -> None:
-    if index.numel():
+    if index.device.type != "cpu":
+        torch._assert_async(((index >= 0) & (index < size)).all(), f"{what} must be in [0, {size})")
+    elif index.numel():
         low, high = (int(value) for value in torch.aminmax(index))
         if low < 0 or high >= size:
             raise IndexError(f"{what} must be in [0, {size}), got {low if low < 0 else high}")
@@ -41,6 +43,7 @@ define("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? positio
        cuda=cuda("gather_tokens", call=_gather_native), triton=triton("gather_tokens"), check=_check_gather)
 define("scatter_tokens(Tensor values, Tensor index, SymInt num_tokens, Tensor? fill, Tensor? positions) -> Tensor",
        plain=reference.scatter_tokens, cpp=compiled("scatter_tokens", _DTYPES, _scatter_native),
+       triton=triton("gather_tokens.scatter_tokens"),
        cuda=cuda("scatter_tokens", call=_scatter_native),
        check=lambda values, index, num_tokens, fill, positions: _check_range("index", index, num_tokens))
 

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ..reference import latent_loss as reference
-from ._define import compiled, cuda, define
+from ._define import compiled, cuda, define, triton
 from .gather_tokens import _check_range
 
 _STATS = ("cosine", "prediction_power", "target_std")
+_MAX_WIDTH = 8192  # of a row that one program holds
 
 
 def _forward_native(raw, prediction, target, target_idx, weight, beta, eps):
@@ -25,6 +26,11 @@ def _backward_native(raw, grad_loss, prediction, target, target_idx, weight, mea
     return out
 
 
+def _why_not_triton(*args):
+    widest = max(arg.shape[-1] for arg in args if isinstance(arg, Tensor) and arg.dim() == 2)
+    return f"no Triton version for rows wider than {_MAX_WIDTH}" if widest > _MAX_WIDTH else None
+
+
 def _check_rows(target, target_idx):
     if target_idx is not None:
         _check_range("target_idx", target_idx, target.shape[0])
@@ -34,11 +40,13 @@ define("latent_loss(Tensor prediction, Tensor target, Tensor? target_idx, Tensor
        " -> (Tensor loss, Tensor stats, Tensor mean, Tensor rstd)",
        plain=reference.latent_loss, cpp=compiled("latent_loss", call=_forward_native),
        cuda=cuda("latent_loss", call=_forward_native),
+       triton=triton("latent_loss", supports=_why_not_triton),
        check=lambda prediction, target, target_idx, *_: _check_rows(target, target_idx))
 define("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "
        "Tensor mean, Tensor rstd, float beta) -> Tensor",
        plain=reference.latent_loss_backward, cpp=compiled("latent_loss_backward", call=_backward_native),
-       cuda=cuda("latent_loss_backward", call=_backward_native))
+       cuda=cuda("latent_loss_backward", call=_backward_native),
+       triton=triton("latent_loss.latent_loss_backward", supports=_why_not_triton))
 
 
 @torch.library.register_fake("jepa_fast::latent_loss")

@@ -7,7 +7,8 @@ from ._spec import Case, OpSpec
 from ._vit import predictor_shapes, vit_shapes
 
 
-def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=0.9, momentum=0.996):
+def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=0.9, momentum=0.996,
+          is_large=False):
     def make(g):
         def normal(shapes, size=1.0):
             return [size * torch.randn(shape, generator=g) for shape in shapes]
@@ -26,7 +27,7 @@ def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=
             "grad_scale": None if scale is None else torch.tensor(scale) if scale else torch.rand(count, generator=g),
         }
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
 def _random(draw):
@@ -57,7 +58,7 @@ ADAMW_EMA = OpSpec(
         _step("lerp-from-gradient", _ODD, beta1=0.3),
         _step("many-small", [(17,)] * 200, averages=100, shadows=True),
         _step("two-threads", [(300, 301), (5,), (129, 1000)], averages=2),
-        _step("vits16-block", _VITS[:15], averages=15, shadows=True, scale=0.9, step=1000),
+        _step("vits16-block", _VITS[:15], averages=15, shadows=True, scale=0.9, step=1000, is_large=True),
     ],
     random_case=_random,
     bench=[_step("vits16", _VITS + _PREDICTOR, averages=len(_VITS)),

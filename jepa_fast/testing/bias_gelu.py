@@ -45,7 +45,7 @@ BIAS_GELU = OpSpec(
     ops=("bias_gelu", "bias_gelu_backward"),
     gradients=("x", "bias", "float32_bias"),
     keep_dtype=("float32_bias",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float64),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cases=[
         _case("empty", 0, 16),
         _case("one", 1, 1),
@@ -56,6 +56,7 @@ BIAS_GELU = OpSpec(
         _case("large", 40, 64, low=-30.0, high=30.0),
         _case("negative-tail", 40, 64, low=-13.0, high=-3.0),
         _case("small", 40, 50, scale=1e-4),
+        _case("tiles", 37, 1100),
         _case("one-sign", 300, 24, low=2.0, high=4.0),
         _case("vits16-224-b1", 196, 1536),
     ],

@@ -7,12 +7,12 @@ from ._spec import Case, OpSpec
 from ._vit import vit_shapes
 
 
-def _lists(name, shapes, momentum=0.996):
+def _lists(name, shapes, momentum=0.996, is_large=False):
     def make(g):
         return {"target": [torch.randn(shape, generator=g) for shape in shapes],
                 "source": [torch.randn(shape, generator=g) for shape in shapes], "momentum": momentum}
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
 def _random(draw):
@@ -35,7 +35,7 @@ EMA_UPDATE = OpSpec(
         _lists("odd", [(1,), (63,), (64,), (65,), (7, 19), (3, 5, 11), (1001,)]),
         _lists("many-small", [(17,)] * 300),
         _lists("two-threads", [(300, 301), (5,), (129, 1000)], momentum=0.99925),
-        _lists("vits16-block", vit_shapes(384, 1)),
+        _lists("vits16-block", vit_shapes(384, 1), is_large=True),
     ],
     random_case=_random,
     bench=[_lists("vits16-encoder", vit_shapes(384, 12))],

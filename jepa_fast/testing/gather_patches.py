@@ -7,7 +7,7 @@ import torch
 from .. import ops
 from ._spec import Case, OpSpec
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _index(g, kind, B, N, K):

@@ -22,11 +22,14 @@ def _gather(name, B, N, K, D, *, positions=False, position_index=False, packed=F
     return Case(name, make)
 
 
-def _scatter(name, B, N, K, D, *, fill=False, positions=False, packed=False):
+def _scatter(name, B, N, K, D, *, fill=False, positions=False, packed=False, crowded=0.0):
+    """crowded: the share of the index that names the last row, as the mask token's row in the predictor's input."""
     def make(g):
         R = B * N if packed else N
         values = torch.randn((K, D) if packed else (B, K, D), generator=g)
         index = torch.randint(0, max(R, 1), (K,) if packed else (B, K), generator=g)
+        if crowded:
+            index[torch.rand(index.shape, generator=g) < crowded] = R - 1
         arguments = {"values": values, "index": index, "num_tokens": R}
         if fill:
             arguments["fill"] = torch.randn(D, generator=g)
@@ -55,7 +58,7 @@ GATHER = OpSpec(
     function=ops.gather_tokens,
     ops=("gather_tokens", "scatter_tokens"),
     gradients=("x", "positions"),
-    dtypes=(torch.float32, torch.bfloat16, torch.float64),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cases=[
         _gather("empty", 2, 7, 0, 16),
         _gather("no-samples", 0, 7, 3, 16),
@@ -74,13 +77,16 @@ SCATTER = OpSpec(
     function=ops.scatter_tokens,
     ops=("scatter_tokens", "gather_tokens"),
     gradients=("values", "fill", "positions"),
-    dtypes=(torch.float32, torch.bfloat16, torch.float64),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cases=[
         _scatter("empty", 2, 7, 0, 16, fill=True),
         _scatter("no-samples", 0, 7, 3, 16),
         _scatter("one", 1, 1, 1, 1, positions=True),
         _scatter("odd", 3, 37, 19, 45, fill=True, positions=True),
         _scatter("repeated", 2, 3, 50, 33),
+        _scatter("two-rows", 1, 2, 400, 20, positions=True),
+        _scatter("crowded", 2, 9, 500, 37, positions=True, fill=True, crowded=0.6),
+        _scatter("crowded-packed", 2, 40, 330, 19, packed=True, crowded=0.5),
         _scatter("packed", 3, 37, 70, 24, packed=True, fill=True, positions=True),
         _scatter("vits16-224-b4", 4, 196, 90, 384, fill=True, positions=True),
     ],

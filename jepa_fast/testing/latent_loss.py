@@ -44,7 +44,7 @@ LATENT_LOSS = OpSpec(
     ops=("latent_loss", "latent_loss_backward"),
     gradients=("prediction",),
     keep_dtype=("weight",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float64),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cases=[
         _case("empty", 0, 5, 16),
         _case("empty-weight", 0, 5, 16, weight=True),

@@ -15,8 +15,11 @@ _writers: dict[int, tuple] = {}
 
 
 @contextlib.contextmanager
-def check_memory() -> Iterator[None]:
-    """Kernels interpreted within the block raise IndexError or RuntimeError where they touch what they must not."""
+def check_memory(*addressed) -> Iterator[None]:
+    """Kernels interpreted within the block raise IndexError or RuntimeError where they touch what they must not.
+
+    addressed: tensors, or lists of them, that kernels reach by an address in a table.
+    """
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     originals = {(executor, "_init_args_hst"): executor._init_args_hst}
     originals |= {(builder, name): getattr(builder, name)
@@ -26,7 +29,7 @@ def check_memory() -> Iterator[None]:
 
     def begin_checked(self, args, kwargs):
         on_host, kwargs_on_host = begin(self, args, kwargs)
-        _spans[:] = sorted({_span(t) for t in _tensors([*on_host, *kwargs_on_host.values()]) if t.numel()})
+        _spans[:] = sorted({_span(t) for t in _tensors([*on_host, *kwargs_on_host.values(), *addressed]) if t.numel()})
         _writers.clear()
         return on_host, kwargs_on_host
 
