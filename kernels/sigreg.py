@@ -218,9 +218,9 @@ def _tile(x: Tensor, ratio: float | None) -> dict:
     D = x.shape[2]
     if x.dtype == torch.float32:  # no tensor cores
         K, N, wide, num_warps = 64, 64, 32, 8
-    elif ratio is None:           # two angles
+    elif ratio is None or D < 32:  # two angles, or a loop that ends at once: more is live
         K, N, wide, num_warps = 128, 32, 64, 8
-    elif D > 256:                 # bound by the reading of operands, not by arithmetic
+    elif D > 256:  # bound by the reading of operands, not by arithmetic
         K, N, wide, num_warps = 128, 64, 64, 8
     else:
         K, N, wide, num_warps = 64, 32, 64, 4
