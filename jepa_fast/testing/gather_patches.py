@@ -18,7 +18,7 @@ def _index(g, kind, B, N, K):
     return torch.randint(0, max(B * N, 1) if packed else N, (B * K,) if packed else (B, K), generator=g)
 
 
-def _case(name, B, C, size, patch_size, K, kind="tokens", *, scatter=False, channels_last=False):
+def _case(name, B, C, size, patch_size, K, kind="tokens", *, scatter=False, channels_last=False, is_large=False):
     def make(g):
         N = math.prod(s // p for s, p in zip(size, patch_size, strict=True))
         index = _index(g, kind, B, N, K)
@@ -31,7 +31,7 @@ def _case(name, B, C, size, patch_size, K, kind="tokens", *, scatter=False, chan
             pixels = pixels.movedim(1, -1).contiguous().movedim(-1, 1)
         return {"pixels": pixels, "index": index, "patch_size": patch_size}
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
 def _cases(**kind):
@@ -47,7 +47,8 @@ def _cases(**kind):
         _case("clip-packed", 3, 2, (4, 9, 8), (2, 3, 4), 11, "packed", **kind),
         _case("clip-all", 2, 1, (4, 6, 6), (2, 3, 2), 0, "all", **kind),
         _case("packed", 3, 3, (32, 48), (16, 16), 4, "packed", **kind),
-        _case("vits16-224-b2", 2, 3, (224, 224), (16, 16), 50, **kind),
+        _case("patches-of-14", 1, 3, (42, 30), (14, 14), 5, **kind),
+        _case("vits16-224-b2", 2, 3, (224, 224), (16, 16), 50, is_large=True, **kind),
     ]
 
 
