@@ -1,10 +1,12 @@
 """Builds the two native parts, and nothing else.
 
-`jepa_fast/_C.so`       csrc/bindings.cpp and csrc/cpu/*.cpp against PyTorch's stable ABI: tensor ops, no Python ABI.
+`jepa_fast/_C.so`       csrc/bindings.cpp, csrc/cpu/*.cpp and, where there is nvcc, csrc/cuda/*.cu against PyTorch's
+                        stable ABI: tensor ops, no Python ABI.
 `jepa_fast/_masking`    csrc/masking/*.cpp with pybind11: mask samplers.
 
 Both are optional: without a C++ compiler (or without torch at build time) the package installs and runs on plain
-PyTorch. JEPA_FAST_REQUIRE_NATIVE=1 turns a failed build into an error.
+PyTorch. CUDA kernels are built for a CUDA build of PyTorch, or where JEPA_FAST_CUDA_ARCHS ("90a" or "80;90a") asks for
+them. JEPA_FAST_REQUIRE_NATIVE=1 turns a failed build into an error.
 """
 
 import os
@@ -71,6 +73,40 @@ class BuildNative(build_ext):
         self.extensions = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name))]
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, where kernels for a GPU are wanted: a CUDA build of PyTorch, or architectures asked for."""
+    import torch
+
+    home = os.environ.get("CUDA_HOME")
+    candidates = (home and f"{home}/bin/nvcc", os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
+    found = next((name for name in candidates if name and shutil.which(name)), None)
+    return found if torch.version.cuda or os.environ.get("JEPA_FAST_CUDA_ARCHS") else None
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """JEPA_FAST_CUDA_ARCHS ("90a", "80;90a"), or all of the list below that this nvcc knows."""
+    asked = os.environ.get("JEPA_FAST_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return asked or [arch for arch in ("80", "90a", "100a") if f"sm_{arch.rstrip('a')}" in known]
+
+
+def cuda_commands(nvcc: str, cxx: list[str], tmp: pathlib.Path) -> dict[str, list[str]]:
+    """object -> command, for each file of csrc/cuda."""
+    import torch
+
+    architectures = cuda_architectures(nvcc)
+    newest = max((arch.rstrip("af") for arch in architectures), key=int)
+    codes = [(arch, f"sm_{arch}") for arch in architectures] + [(newest, f"compute_{newest}")]  # the last is PTX
+    flags = [STABLE_ABI, f"-I{pathlib.Path(torch.__file__).parent}/include", "-std=c++20", "-O3"]
+    device = [nvcc, *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden",
+              *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)]
+    host = [*cxx, *flags, "-fPIC", "-fvisibility=hidden", f'-DJEPA_FAST_CUDA_ARCHITECTURES="{";".join(architectures)}"']
+    sources = {path: command for pattern, command in (("*.cu", device), ("*.cpp", host))
+               for path in sorted((ROOT / "csrc/cuda").glob(pattern))}
+    return {str(tmp / f"{path.name}.o"): [*command, "-c", str(path), "-o", str(tmp / f"{path.name}.o")]
+            for path, command in sources.items()}
+
+
 def build_tensor_ops(cxx: list[str], out: pathlib.Path, tmp: pathlib.Path) -> None:
     import torch
 
@@ -87,10 +123,27 @@ def build_tensor_ops(cxx: list[str], out: pathlib.Path, tmp: pathlib.Path) -> No
         objects.append(str(tmp / f"{source.stem}.{capability}.o"))
         define = f"-DCPU_CAPABILITY={capability}_isa"
         commands.append([*cxx, *flags, *arch, define, "-c", str(source), "-o", objects[-1]])
+    libraries = [f"-L{home}/lib", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        cuda = nvcc()
+        # first those that take longest
+        compiling = {target: pool.submit(run, command)
+                     for target, command in (cuda_commands(cuda, cxx, tmp) if cuda else {}).items()}
         list(pool.map(run, commands))
-    run([*cxx, "-shared", "-fopenmp", "-o", str(out), *objects, f"-L{home}/lib",
-         "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"])
+        try:
+            for done in compiling.values():
+                done.result()
+            if cuda:  # nvcc links: it knows where the run time lies
+                run([cuda, "-cudart", "static", "-shared", "-Xcompiler", "-fopenmp", "-o", str(out), *objects,
+                     *compiling, *libraries])
+                return
+        except Exception as error:
+            if os.environ.get("JEPA_FAST_REQUIRE_NATIVE") == "1":
+                raise
+            lines = str(error).splitlines()
+            reason = next((line for line in lines[1:] if "error" in line), lines[0])
+            print(f"jepa_fast: CUDA kernels not built, GPUs will use Triton or plain PyTorch: {reason}", file=sys.stderr)
+    run([*cxx, "-shared", "-fopenmp", "-o", str(out), *objects, *libraries])
 
 
 def build_masking(cxx: list[str], out: pathlib.Path, tmp: pathlib.Path) -> None:

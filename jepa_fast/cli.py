@@ -88,7 +88,7 @@ def train(argv: list[str]) -> None:
 
 
 def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:
-    """Take RECIPE, --from, --run, --resume and --eval out; the rest is for the recipe's fields."""
+    """Take RECIPE, --from, --run-dir, --resume and --eval out; the rest is for the recipe's fields."""
     values: dict[str, str | None] = {"--from": None, "--run-dir": None}
     flags: dict[str, bool] = {"--resume": False, "--eval": False}
     rest, name = [], None

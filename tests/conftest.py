@@ -16,3 +16,15 @@ if torch.version.cuda is None:
     _torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
         _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+if not torch.cuda.is_available():
+    import cuda_host
+
+    if cuda_host.compiler():
+        cuda_host.install()
+
+
+def pytest_report_header() -> str | None:
+    if not torch.cuda.is_available() and not cuda_host.compiler():
+        return "csrc/cuda is not tested: no C++ compiler to build it for the host"
+    return None

@@ -89,7 +89,8 @@ def test_an_op_has_one_file_name_in_every_room():
     for room, pattern in (("reference", "*.py"), ("testing", "*.py")):
         files = {path.stem for path in (PACKAGE / room).glob(pattern) if not path.stem.startswith("_")}
         assert files - SHARED_BY_REFERENCES == ops, f"{room}: {files ^ ops}"
-    for path in (ROOT / "csrc/cpu").glob("*.cpp"):  # a long op may be split: sigreg.cpp, sigreg_statistic.cpp
+    # a long op may be split: sigreg.cpp, sigreg_statistic.cpp
+    for path in [*(ROOT / "csrc/cpu").glob("*.cpp"), *(ROOT / "csrc/cuda").glob("*.cu")]:
         assert any(path.stem == op or path.stem.startswith(f"{op}_") for op in ops), path
 
 

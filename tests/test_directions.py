@@ -5,6 +5,7 @@ import torch
 
 from jepa_fast import ops
 from jepa_fast.reference import directions as reference
+from jepa_fast.testing import OPS
 
 # Random123, kat_vectors, philox4x32 with 10 rounds: counter, key, result
 KNOWN = [
@@ -16,6 +17,7 @@ KNOWN = [
      (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 HAS_CPP = ops.COMPILED_MISSING is None
+BACKENDS = OPS["directions"].backends()
 
 
 def signed(high: int, low: int) -> int:
@@ -46,13 +48,13 @@ def test_philox_words_are_bit_equal(first):
     assert torch.equal(cpp_words(first, seed, step, 53), words)
 
 
-@pytest.mark.skipif(not HAS_CPP, reason=str(ops.COMPILED_MISSING))
-def test_backends_agree_to_the_last_bit():
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "plain"])
+def test_backends_agree_to_the_last_bit(backend):
     drawn = {}
-    for backend in ("plain", "cpp"):
-        with ops.use_backend(backend):
-            drawn[backend] = ops.directions(123, 456, 300, 700)
-    difference = (drawn["cpp"] - drawn["plain"]).abs() / drawn["plain"].abs()
+    for name in ("plain", backend):
+        with ops.use_backend(name):
+            drawn[name] = ops.directions(123, 456, 300, 700)
+    difference = (drawn[backend] - drawn["plain"]).abs() / drawn["plain"].abs()
     assert difference.max() <= 2**-22 and (difference > 0).sum() <= 20  # both rounded from float64
 
 

@@ -79,7 +79,7 @@ def test_pictures_of_features_hold_many_colours(tmp_path):
 def test_metrics_are_read_with_holes_and_rewritten_steps(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss,rank,unused\n1,4.0,,\n2,3.0,7.5,\n3,9.0,1.0,\n2,2.5,,\n4,1e-3\n")
-    steps, columns = room.read_metrics(path)
+    steps, columns = room.read_curves(path)
     assert steps.tolist() == [1, 2, 3, 4] and list(columns) == ["loss", "rank"]
     np.testing.assert_array_equal(columns["loss"], [4.0, 2.5, 9.0, 1e-3])
     np.testing.assert_array_equal(columns["rank"], [np.nan, np.nan, 1.0, np.nan])

@@ -17,7 +17,7 @@ from jepa_fast.ops import Quadrature
 from jepa_fast.testing import OPS
 from jepa_fast.testing.sigreg import eager_sigreg
 
-BACKENDS = OPS["sigreg_sums"].backends()
+BACKENDS = [backend for backend in OPS["sigreg_sums"].backends() if backend != "triton"]  # see test_sigreg_triton.py
 CALLS = [(case, call) for case, setting in config("lejepa_sigreg")["cases"].items()
          for call in range(1, setting["calls"] + 1)]
 

@@ -120,7 +120,7 @@ def test_automatic_choice_passes_over_what_is_slower(monkeypatch):
     def chosen(N, d, dtype, is_backward=False):
         qkv, cu_seqlens = torch.zeros(2 * N, 3, 1, d, dtype=dtype), ends([N, N])
         out, lse = torch.zeros(2 * N, 1, d, dtype=dtype), torch.zeros(1, 2 * N)
-        args = (out, qkv, out, lse, cu_seqlens, N, 1.0) if is_backward else (qkv, cu_seqlens, N, 1.0)
+        args = (*((out, qkv, out, lse) if is_backward else (qkv,)), cu_seqlens, N, 1.0, None, 0)
         name = "varlen_attention_qkv" + "_backward" * is_backward
         implementation = choose(name, "cpu", args)
         return next(backend for backend, row in ops.TABLE[name].items() if row is implementation)
@@ -176,3 +176,32 @@ def test_bad_input(changes, message):
 def test_bad_packed_input(qkv, cu_seqlens, message):
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         ops.varlen_attention_qkv(qkv, cu_seqlens, 6)
+
+
+def test_peers_are_called_as_they_want_to_be():
+    """PyTorch's schemas take our arguments, on tensors that only claim to be on a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from jepa_fast.ops import _attention_peers as peers
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(10, 2, 64, device="cuda", dtype=torch.bfloat16)
+        how = (torch.empty(3, device="cuda", dtype=torch.int32),) * 2 + (7, 7, 0.125)
+        out, lse = peers.torch_forward(q, q, q, *how)
+        assert out.shape == q.shape and lse.shape == (2, 10) and lse.dtype == torch.float32
+        assert all(g.shape == q.shape for g in peers.torch_backward(q, q, q, q, out, lse, *how))
+        assert peers._supports(q, *how, None, None, 0) is None
+        assert "frame_size 4" in peers._supports(q, *how, None, None, 4)
+        assert "float32" in peers._supports(q.float(), *how, None, None, 0)
+        assert "head width 20" in peers._supports(torch.empty(1, 1, 20, device="cuda").half(), None, 0)
+
+
+def test_a_gpu_runs_ours_until_a_peer_was_timed(monkeypatch):
+    from jepa_fast.ops import _define
+
+    monkeypatch.setattr(_define, "_too_old", lambda language: None)
+    rows = {name: (chosen, others) for name, chosen, others in ops.info("cuda")}
+    chosen, others = rows["varlen_attention_qkv"]
+    assert chosen in ("triton", "cuda")
+    assert others["flash_attn"] == "flash_attn is not installed"
+    assert others["torch"] == "only where asked for by name: not timed against ours"

@@ -13,7 +13,7 @@ _UNITS = {"_per_s": "per second", "_s": "seconds", "_ms": "milliseconds", "_byte
           "_gib": "GiB", "_percent": "%"}
 
 
-def read_metrics(metrics_csv_path: Path | str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def read_curves(metrics_csv_path: Path | str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Steps [n] in rising order and each column that holds a finite number, float64 [n], empty cells NaN.
 
     A step written twice (a resumed run) counts once, as last written. Raises ValueError, naming file and line, for a
@@ -44,7 +44,7 @@ def learning_curves(metrics_csv_path: Path | str, out_png: Path | str) -> Path:
     where all values are positive and most are small beside the largest (over 20 times the median). A noisy metric of
     more than 150 points is drawn pale under its running mean over a fortieth of them.
     """
-    steps, columns = read_metrics(metrics_csv_path)
+    steps, columns = read_curves(metrics_csv_path)
     if not columns:
         raise ValueError(f"{metrics_csv_path} must have a column of numbers besides step, got none")
     num_columns = min(3, len(columns))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Masks:
-    """Context and target lists of a batch, packed end to end; int64 on the CPU.
+    """Context and target lists of a batch, packed end to end; int64, on one device.
 
     A list holds token numbers (row * columns + column) of one sample. Lists are ordered list-major: list 0 of every
     sample, then list 1 of every sample. Raises ValueError if lengths, indices and sizes do not belong together.
@@ -37,6 +37,14 @@ class Masks:
         target_idx, target_lengths = _from_lists("target", target)
         return cls(context_idx=context_idx, context_lengths=context_lengths,
                    target_idx=target_idx, target_lengths=target_lengths, num_tokens=num_tokens)
+
+    @classmethod
+    def from_grids(cls, contexts: Tensor, targets: Tensor) -> Masks:
+        """Masks, on the same device, from bool [B, E, rows, columns] and [B, M, rows, columns]; reads sizes on the host."""
+        context_idx, context_lengths = _from_grids("contexts", contexts)
+        target_idx, target_lengths = _from_grids("targets", targets)
+        return cls(context_idx=context_idx, context_lengths=context_lengths, target_idx=target_idx,
+                   target_lengths=target_lengths, num_tokens=contexts.shape[2] * contexts.shape[3])
 
     @property
     def batch_size(self) -> int:
@@ -85,7 +93,7 @@ class Masks:
             prediction_cu_seqlens=_cu_seqlens(target_pieces),
             prediction_max_seqlen=int(target_lengths.max()),
             prediction_lengths=None if is_uniform else target_pieces,
-            full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32),
+            full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=rows.device),
             batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
 
 
@@ -154,6 +162,13 @@ def _from_lists(name: str, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([tokens.flatten().to("cpu", torch.int64) for tokens in lists]), lengths
 
 
+def _from_grids(name: str, grids: Tensor) -> tuple[Tensor, Tensor]:
+    if grids.dim() != 4 or grids.dtype != torch.bool:
+        raise ValueError(f"{name} must be [B, lists, rows, columns] bool, got {list(grids.shape)} {grids.dtype}")
+    lists = grids.transpose(0, 1).flatten(2)  # [lists, B, N]
+    return lists.nonzero()[:, 2], lists.sum(2)
+
+
 def _to_lists(name: str, idx: Tensor, lengths: Tensor) -> list[Tensor]:
     for i, row in enumerate(lengths):
         if int(row.min()) != int(row.max()):
@@ -170,7 +185,7 @@ def _starts(lengths: Tensor) -> Tensor:
 def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
     """Consecutive numbers start, start + 1, ... of every run, end to end."""
     runs = (starts - _starts(lengths)).repeat_interleave(lengths)
-    return runs.add_(torch.arange(len(runs)))
+    return runs.add_(torch.arange(len(runs), device=runs.device))
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:
@@ -179,4 +194,4 @@ def _cu_seqlens(lengths: Tensor) -> Tensor:
 
 def _sample_offsets(lengths: Tensor, num_tokens: int) -> Tensor:
     num_lists, B = lengths.shape
-    return (torch.arange(B) * num_tokens).repeat(num_lists).repeat_interleave(lengths.flatten())
+    return (torch.arange(B, device=lengths.device) * num_tokens).repeat(num_lists).repeat_interleave(lengths.flatten())

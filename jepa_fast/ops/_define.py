@@ -18,19 +18,25 @@ from torch import Tensor
 
 BACKENDS = ("plain", "cpp", "torch", "triton", "cuda", "flash_attn", "xformers")
 ORDER = {"cpu": ("cpp", "torch", "plain"), "cuda": ("cuda", "triton", "flash_attn", "xformers", "torch", "plain")}
+_LIBRARIES = ("torch", "flash_attn", "xformers")  # others' code: it has an op or has not
 TABLE: dict[str, dict[str, "Implementation | Missing"]] = {}
 
 _LIBRARY = torch.library.Library("jepa_fast", "DEF")
 _EMULATED: dict[str, object] = {}  # "cuda" -> the library that runs csrc/cuda on the host: tests only
+_CHECKED_ON_DEVICE: list[None] = []  # one entry per open checks_on_device()
 _FORCED: list[tuple[str, str | None]] = []  # (backend, op or None for all), innermost last
 
 
 @dataclass(frozen=True)
 class Slower:
-    """Where the automatic choice passes over an implementation that could run: `holds(*args)`, described by `when`."""
+    """Where the automatic choice passes over an implementation that could run: `holds(*args)`, described by `when`.
+
+    On the devices of `always` it does so whatever the arguments are, and `when` says why.
+    """
 
     when: str
     holds: Callable[..., bool]
+    always: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,20 +161,21 @@ def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = 
            **backends: Implementation | Missing | None) -> str:
     """Register `jepa_fast::<schema>`; returns its qualified name.
 
-    `plain` always exists. `check(*args)` looks at values (index ranges, ...) and raises; it runs on CPU tensors only,
-    since elsewhere it would stop the device.
+    `plain` always exists. `check(*args)` looks at values (index ranges, ...): on CPU tensors it raises; on a device, where
+    that would wait for it, it asserts there, and only within `checks_on_device()`.
     """
     name = schema.split("(")[0]
     unknown = set(backends) - set(BACKENDS)
     assert not unknown, f"{name}: unknown backends {unknown}"
     row = {"plain": Implementation(plain)}
     row |= {key: value or Missing("not written yet") for key, value in backends.items()}
-    TABLE[name] = {key: row.get(key, Missing("not written yet")) for key in BACKENDS}
+    TABLE[name] = {key: row.get(key, Missing(f"{key} has no such op" if key in _LIBRARIES else "not written yet"))
+                   for key in BACKENDS}
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args):
         device = next((arg.device.type for arg in _tensors(args)), "cpu")
-        if check is not None and device == "cpu":
+        if check is not None and (device == "cpu" or _CHECKED_ON_DEVICE):
             check(*args)
         function = choose(name, device, args).function
         if torch.is_autocast_enabled(device):  # an op computes in the precision it says, whatever surrounds it
@@ -230,12 +237,25 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
         _FORCED.remove((backend, op))
 
 
+@contextlib.contextmanager
+def checks_on_device() -> Iterator[None]:
+    """Within the block ops check values on a GPU too (index ranges, cu_seqlens), without waiting for it.
+
+    A value that does not fit fails an assertion on the device, which ends its context: for debugging. Elsewhere what an op
+    does with such a value on a GPU is undefined.
+    """
+    _CHECKED_ON_DEVICE.append(None)
+    try:
+        yield
+    finally:
+        _CHECKED_ON_DEVICE.pop()
+
+
 def info(device: str) -> list[tuple[str, str, dict[str, str]]]:
     """For each op: its name, the backend that would run on `device`, and why the others would not."""
-    rows = []
+    rows, order = [], ORDER.get(device, ("plain",))
     for name, row in TABLE.items():
-        reasons = {backend: why_not(row[backend], device) for backend in BACKENDS}
-        order = ORDER.get(device, ("plain",))
+        reasons = {backend: why_not(row[backend], device) or _only_asked_for(row[backend], device) for backend in BACKENDS}
         chosen = next(backend for backend in order if reasons[backend] is None)
         others = {backend: reason or ("slower here" if backend in order else "not tried on this device")
                   for backend, reason in reasons.items() if backend != chosen}
@@ -245,6 +265,11 @@ def info(device: str) -> list[tuple[str, str, dict[str, str]]]:
             others[second] = f"used for {slower.when}, slower otherwise"
         rows.append((name, chosen, others))
     return rows
+
+
+def _only_asked_for(implementation: Implementation | Missing, device: str) -> str | None:
+    slower = getattr(implementation, "slower", None)
+    return f"only where asked for by name: {slower.when}" if slower and device in slower.always else None
 
 
 def _tensors(args: tuple) -> Iterator[Tensor]:

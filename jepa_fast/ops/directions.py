@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import directions as reference
-from ._define import compiled, define
+from ._define import compiled, cuda, define, triton
 
 RNGS = ("philox", "torch")
 
@@ -15,10 +15,15 @@ def _directions_native(raw, step, seed, dim, num_slices, rng):
     return out
 
 
+def _philox_only(step, seed, dim, num_slices, rng):
+    return None if rng == "philox" else f"rng {rng!r}"
+
+
 define("directions(Tensor step, int seed, SymInt dim, SymInt num_slices, str rng) -> Tensor",
        plain=reference.directions,
-       cpp=compiled("directions", call=_directions_native,
-                    supports=lambda step, seed, dim, num_slices, rng: None if rng == "philox" else f"rng {rng!r}"))
+       cpp=compiled("directions", call=_directions_native, supports=_philox_only),
+       cuda=cuda("directions", call=_directions_native, supports=_philox_only),
+       triton=triton("directions", supports=_philox_only))
 
 
 @torch.library.register_fake("jepa_fast::directions")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import ema_update as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 from ._tensor_lists import MASTER_DTYPES, check_floating, check_like, mark_changed, why_not_flat
 
 
@@ -21,7 +21,8 @@ def _supports(target, source, momentum):
 define("ema_update_(Tensor(a!)[] target, Tensor[] source, float momentum) -> ()",
        plain=reference.ema_update_,
        cpp=compiled("ema_update_", call=_native, supports=_supports),
-       triton=triton("ema_update.ema_update_", supports=_supports))
+       triton=triton("ema_update.ema_update_", supports=_supports),
+       cuda=cuda("ema_update_", call=_native, supports=_supports))
 
 
 @torch.library.register_fake("jepa_fast::ema_update_")

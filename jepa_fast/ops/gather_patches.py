@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import gather_patches as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 from .gather_tokens import _check_range
 
 
@@ -49,11 +49,13 @@ define("gather_patches(Tensor pixels, Tensor? index, int[] patch_size) -> Tensor
        plain=reference.gather_patches,
        cpp=compiled("gather_patches", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _gather_native),
        triton=triton("gather_patches"),
+       cuda=cuda("gather_patches", call=_gather_native),
        check=lambda pixels, index, patch_size: _check_index(index, pixels.shape, patch_size))
 define("scatter_patches(Tensor patches, Tensor? index, SymInt[] shape, int[] patch_size) -> Tensor",
        plain=reference.scatter_patches,
        cpp=compiled("scatter_patches", (torch.float32, torch.bfloat16, torch.float64), _scatter_native),
        triton=triton("gather_patches.scatter_patches"),
+       cuda=cuda("scatter_patches", call=_scatter_native),
        check=lambda patches, index, shape, patch_size: _check_index(index, shape, patch_size))
 
 

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from ..reference import gather_tokens as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def _check_range(what: str, index: Tensor, size: int) -> None:
-    if index.numel():
+    if index.device.type != "cpu":
+        torch._assert_async(((index >= 0) & (index < size)).all(), f"{what} must be in [0, {size})")
+    elif index.numel():
         low, high = (int(value) for value in torch.aminmax(index))
         if low < 0 or high >= size:
             raise IndexError(f"{what} must be in [0, {size}), got {low if low < 0 else high}")
@@ -38,10 +40,11 @@ def _scatter_native(raw, values, index, num_tokens, fill, positions):
 
 define("gather_tokens(Tensor x, Tensor index, Tensor? positions, Tensor? position_index) -> Tensor",
        plain=reference.gather_tokens, cpp=compiled("gather_tokens", _DTYPES, _gather_native),
-       triton=triton("gather_tokens"), check=_check_gather)
+       cuda=cuda("gather_tokens", call=_gather_native), triton=triton("gather_tokens"), check=_check_gather)
 define("scatter_tokens(Tensor values, Tensor index, SymInt num_tokens, Tensor? fill, Tensor? positions) -> Tensor",
        plain=reference.scatter_tokens, cpp=compiled("scatter_tokens", _DTYPES, _scatter_native),
        triton=triton("gather_tokens.scatter_tokens"),
+       cuda=cuda("scatter_tokens", call=_scatter_native),
        check=lambda values, index, num_tokens, fill, positions: _check_range("index", index, num_tokens))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference import sigreg as reference
 from ..reference.quadrature import Quadrature
-from ._define import compiled, define
+from ._define import compiled, define, triton
 from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 
@@ -84,15 +84,19 @@ def _statistic_backward_native(raw, grad, sums, count, phi, weights):
 
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
-       plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_native))
+       plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_native),
+       triton=triton("sigreg.sigreg_sums"))
 define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
        "float t_step) -> Tensor",
-       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_native))
+       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_native),
+       triton=triton("sigreg.sigreg_sums_backward"))
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
-       plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_native))
+       plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_native),
+       triton=triton("sigreg_statistic.sigreg_statistic", (torch.float32,)))
 define("sigreg_statistic_backward(Tensor grad, Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic_backward,
-       cpp=compiled("sigreg_statistic_backward", (torch.float32,), _statistic_backward_native))
+       cpp=compiled("sigreg_statistic_backward", (torch.float32,), _statistic_backward_native),
+       triton=triton("sigreg_statistic.sigreg_statistic_backward", (torch.float32,)))
 
 
 @torch.library.register_fake("jepa_fast::sigreg_sums")

@@ -41,17 +41,22 @@ def seeded_normals(step: Tensor, seed: int, dim: int, num_slices: int) -> Tensor
     return torch.randn(dim, num_slices, generator=generator, device=step.device)
 
 
-def philox(block: Tensor, seed: int, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(block: Tensor, seed: int, step: Tensor) -> tuple[Tensor, ...]:
     """Philox4x32-10 of int64 block numbers; four int64 tensors of words in [0, 2^32)."""
-    zero = torch.zeros_like(block)
-    counter = [block & _WORD, (block >> 32) & _WORD, zero + ((seed >> 32) & _WORD), zero + ((step >> 32) & _WORD)]
-    key = [zero + (seed & _WORD), zero + (step & _WORD)]
+    seed = torch.full_like(step, seed)
+    return philox4x32((block, block >> 32, seed >> 32, step >> 32), (seed, step))
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ten rounds; four words of counter and two of key as the low halves of int64 tensors, and so are the results."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(word & _WORD for word in counter))
+    key0, key1 = (word & _WORD for word in key)
     for _ in range(10):
-        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]  # 64 bits, wrapping
-        counter = [((b >> 32) & _WORD) ^ counter[1] ^ key[0], b & _WORD,
-                   ((a >> 32) & _WORD) ^ counter[3] ^ key[1], a & _WORD]
-        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
-    return counter[0], counter[1], counter[2], counter[3]
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits, wrapping
+        c0, c1 = ((b >> 32) & _WORD) ^ c1 ^ key0, b & _WORD
+        c2, c3 = ((a >> 32) & _WORD) ^ c3 ^ key1, a & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,4 +67,27 @@ ADAMW_EMA = OpSpec(
            _step("vits16-shadows", _VITS + _PREDICTOR, averages=len(_VITS), shadows=True)],
 )
 
-SPECS = [ADAMW_EMA]
+
+def _from_tensor(case):
+    """The same case with the scalars of its step in a tensor."""
+    def make(g):
+        arguments = case.make(g)
+        changing = [arguments.pop(name) for name in ("lr", "weight_decay", "step")]
+        momentum = arguments.pop("momentum")
+        scalars = ops.adamw_ema_scalars(*changing, arguments["beta1"], arguments["beta2"], momentum)
+        return arguments | {"scalars": scalars}
+
+    return Case(case.name, make)
+
+
+ADAMW_EMA_SCALARS = OpSpec(
+    function=ops.adamw_ema_scalars_,
+    ops=("adamw_ema_scalars_",),
+    mutates=ADAMW_EMA.mutates,
+    keep_dtype=(*ADAMW_EMA.keep_dtype, "scalars"),
+    cases=[_from_tensor(case) for case in ADAMW_EMA.cases if case.name in (
+        "no-tensors", "empty-tensors", "first-step", "odd", "scale-each", "lerp-from-gradient")],
+    random_case=lambda draw: _from_tensor(_random(draw)),
+)
+
+SPECS = [ADAMW_EMA, ADAMW_EMA_SCALARS]

@@ -17,9 +17,10 @@ QUADRATURES = {
 }
 
 
-def _case(name, lead, N, D, K, *, quadrature="official", spread=1.0, mean=0.0, mask=None, **options):
+def _case(name, lead, N, D, K, *, quadrature="official", spread=1.0, mean=0.0, mask=None, is_large=False,
+          **options):
     """mask: the share of rows that count; the first group of several has none."""
-    options = {"reduction": None, "quadrature": QUADRATURES[quadrature]} | options
+    options = {"reduction": None, "quadrature": QUADRATURES.get(quadrature, quadrature)} | options
 
     def make(g):
         arguments = {"x": mean + spread * torch.randn(*lead, N, D, generator=g)}
@@ -31,7 +32,7 @@ def _case(name, lead, N, D, K, *, quadrature="official", spread=1.0, mean=0.0, m
                 arguments["row_mask"][0] = False
         return arguments | options
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
 def _random(draw):
@@ -61,11 +62,11 @@ SPECS = [OpSpec(
         _case("mask", (3,), 37, 10, 20, mask=0.6),
         _case("flatten-mask", (3,), 37, 10, 20, mask=0.6, group_dims="flatten", scale="N"),
         _case("mean", (4,), 64, 16, 256, reduction="mean"),
-        _case("sum", (3,), 17, 9, 300, reduction="sum"),
+        _case("sum", (3,), 17, 9, 300, reduction="sum", is_large=True),
         _case("collapsed", (2,), 64, 16, 50, spread=1e-3, mean=0.5),
         _case("wide", (2,), 64, 16, 50, spread=12.0, quadrature="wide-33"),
-        _case("pieces", (3,), 1500, 5, 300),
-        _case("tokens-65536", (), 65536, 8, 16),
+        _case("pieces", (3,), 1500, 5, 300, is_large=True),
+        _case("tokens-65536", (), 65536, 8, 16, is_large=True),
     ],
     random_case=_random,
     # a sum of squared differences C - phi: the roundings of C grow in it, ours and those of plain not always alike

@@ -1,0 +1,113 @@
+"""Others' attention on a GPU behind `varlen_attention`: PyTorch's own, flash-attn, xformers.
+
+Same arguments and results as the op without rotary positions and frames; all three are FlashAttention 2 (arXiv:2307.08691),
+whose lse is [H, P] as ours, but +inf where a query has no key. None has been timed against ours here yet, so the automatic
+choice passes over them: `bench/on_gpu` times them, `use_backend` asks for one by name.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _torch_attention
+from ._define import Implementation, Slower
+from ._torch_attention import whole_rows
+
+_HALF = (torch.float16, torch.bfloat16)
+_NOT_TIMED = Slower("not timed against ours", lambda *args: args[0].is_cuda, always=("cuda",))
+
+
+def backends(adapt: Callable, is_backward: bool) -> dict[str, Implementation]:
+    """Columns torch, flash_attn and xformers of an op: forward or backward, passed through `adapt`."""
+    def torch_on(*args, **kwargs):
+        cpu, gpu = (_torch_attention.backward, torch_backward) if is_backward else (_torch_attention.forward, torch_forward)
+        return (gpu if args[0].is_cuda else cpu)(*args, **kwargs)
+
+    def without(module: str):
+        return lambda device: None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+    flash_attn, xformers = ((flash_attn_backward, xformers_backward) if is_backward
+                            else (flash_attn_forward, xformers_forward))
+    return {"torch": Implementation(adapt(torch_on), ("cpu", "cuda"), _supports, _NOT_TIMED),
+            "flash_attn": Implementation(adapt(flash_attn), ("cuda",), _supports, _NOT_TIMED, without("flash_attn")),
+            "xformers": Implementation(adapt(xformers), ("cuda",), _supports, _NOT_TIMED, without("xformers"))}
+
+
+def _supports(*args) -> str | None:
+    t = args[0]
+    if args[-1]:
+        return f"no version here with frame_size {args[-1]}"
+    if not t.is_cuda:
+        return None
+    if t.dtype not in _HALF:
+        return f"no version for {str(t.dtype).removeprefix('torch.')}"
+    if t.shape[-1] % 8:
+        return f"head width {t.shape[-1]} is not a multiple of 8"
+    return "no version for empty tensors" if t.numel() == 0 else None
+
+
+def torch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *map(whole_rows, (q, k, v)), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False, False,
+        scale=scale)
+    return out, lse
+
+
+@torch.no_grad()
+def torch_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    grads = torch.ops.aten._flash_attention_backward(
+        *map(whole_rows, (grad, q, k, v, out)), lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False,
+        *no_dropout, scale=scale)
+    return _put(grads, into)
+
+
+def flash_attn_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    out, lse, *_ = interface._flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, scale, False)
+    return out, lse
+
+
+@torch.no_grad()
+def flash_attn_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+                        into=None):
+    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    into = into or tuple(t.new_empty(t.shape) for t in (q, k, v))
+    interface._flash_attn_varlen_backward(
+        grad, q, k, v, out, lse, *into, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, scale, False, -1, -1,
+        0.0, None, True)  # no window, no cap, no slopes, deterministic
+    return tuple(into)
+
+
+def _xformers(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor):
+    """Its module and mask. The mask wants the lengths on the host, and waits for the device to get them."""
+    fmha = importlib.import_module("xformers.ops.fmha")
+    lengths = (t.diff().tolist() for t in (cu_seqlens_q, cu_seqlens_k))
+    return fmha, fmha.attn_bias.BlockDiagonalMask.from_seqlens(*lengths, device=cu_seqlens_q.device)
+
+
+def xformers_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    fmha, mask = _xformers(cu_seqlens_q, cu_seqlens_k)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        q[None], k[None], v[None], mask, scale=scale, op=fmha.flash.FwOp)
+    return out[0], lse[0]
+
+
+@torch.no_grad()
+def xformers_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
+    fmha, mask = _xformers(cu_seqlens_q, cu_seqlens_k)
+    grads = fmha.memory_efficient_attention_backward(
+        grad[None], out[None], lse[None], q[None], k[None], v[None], mask, scale=scale, op=fmha.flash.BwOp)
+    return _put([g[0] for g in grads], into)
+
+
+def _put(grads, into):
+    if into is None:
+        return tuple(grads)
+    for t, g in zip(into, grads, strict=True):
+        t.copy_(g)
+    return tuple(into)
