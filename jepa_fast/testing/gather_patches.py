@@ -52,6 +52,14 @@ def _cases(**kind):
     ]
 
 
+def _gate(**options):
+    """Patches of 14, 16 and of two frames."""
+    cases = [_case("vith14", 1, 3, (42, 42), (14, 14), 5, **options),
+             _case("vits16", 1, 3, (48, 48), (16, 16), 5, **options),
+             _case("vitl16-clip", 1, 3, (4, 48, 48), (2, 16, 16), 5, **options)]
+    return {torch.float32: cases, torch.bfloat16: cases[:2]}
+
+
 def _random(**options):
     def random_case(draw):
         B, C, axes = draw(1, 4), draw(1, 4), draw(2, 3)
@@ -75,6 +83,7 @@ GATHER = OpSpec(
     cases=[_case("channels-last", 2, 3, (12, 20), (4, 5), 9, channels_last=True),
            _case("clip-channels-last", 2, 3, (4, 8, 8), (2, 4, 4), 5, channels_last=True), *_cases()],
     random_case=_random(),
+    gate=_gate(),
     bench=[_case("vits16-224-b16", 16, 3, (224, 224), (16, 16), 50),
            _case("vith14-224-b16", 16, 3, (224, 224), (14, 14), 70),
            _case("vitl16-clip-b2", 2, 3, (16, 224, 224), (2, 16, 16), 365)],
@@ -88,6 +97,7 @@ SCATTER = OpSpec(
     copies=True,
     cases=_cases(scatter=True),
     random_case=_random(scatter=True),
+    gate=_gate(scatter=True),
     bench=[_case("vits16-224-b16", 16, 3, (224, 224), (16, 16), 50, scatter=True)],
 )
 
