@@ -83,5 +83,5 @@ def adamw_ema_scalars_(params: list[Tensor], grads: list[Tensor], exp_avg: list[
             entries, tensor_of_block, scalars, grad_scale, len(chosen), lerp_weight - lerp_from_grad, beta2, 1 - beta2, eps,
             GRAD=TRITON_DTYPE[dtype], HAS_SCALE=grad_scale is not None, LERP_FROM_GRAD=lerp_from_grad,
             HAS_SHADOW=bool(shadow), HAS_AVERAGE_SHADOW=bool(average_shadow), IS_ALIGNED=is_aligned, BLOCK=BLOCK,
-            num_warps=4, enable_fp_fusion=False)
+            num_warps=8, enable_fp_fusion=False)
     torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq, *average, *shadow, *average_shadow])
