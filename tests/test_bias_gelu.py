@@ -144,7 +144,7 @@ def test_long_sums_stay_exact(backend, sign):
     assert testing.error(grad_bias, (grad.double() * gelu_and_slope(x)[1]).sum(0)) < 3e-7
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not emulated")
 @pytest.mark.parametrize("P", [95, 96, 97])
 def test_many_rows_per_program(monkeypatch, P):
     """Sums over rows where a program has several blocks of them, and the last program fewer."""

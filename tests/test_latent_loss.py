@@ -126,7 +126,7 @@ def test_large_sums_stay_exact(backend):
     assert abs(latent_loss(prediction, target).item() / exact.item() - 1) < 1e-7
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not emulated")
 def test_sums_of_more_programs_than_are_read_at_once(monkeypatch):
     from jepa_fast.kernels import latent_loss as kernels
     monkeypatch.setattr(kernels, "BLOCK_P", 4)

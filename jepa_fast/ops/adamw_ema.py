@@ -42,6 +42,7 @@ define("adamw_ema_scalars_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp
        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, Tensor scalars, float beta1, "
        "float beta2, float eps, Tensor? grad_scale) -> ()",
        plain=reference.adamw_ema_scalars_, cpp=Missing("the CPU has no graphs to replay: use adamw_ema_"),
+       triton=triton("adamw_ema.adamw_ema_scalars_", supports=_supports),
        cuda=cuda("adamw_ema_scalars_", call=_scalars_native, supports=_supports))
 
 

@@ -7,8 +7,7 @@ from ._spec import Case, OpSpec
 from ._vit import predictor_shapes, vit_shapes
 
 
-def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=0.9, momentum=0.996,
-          is_large=False):
+def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=0.9, momentum=0.996, is_large=False):
     def make(g):
         def normal(shapes, size=1.0):
             return [size * torch.randn(shape, generator=g) for shape in shapes]

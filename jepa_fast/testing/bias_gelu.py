@@ -62,7 +62,8 @@ BIAS_GELU = OpSpec(
         _case("vits16-224-b1", 196, 1536),
     ],
     random_case=_random,
-    gate={torch.bfloat16: [_mixed("vith14", 64, 5120)], torch.float32: [_case("vits16", 64, 1536)]},
+    gate={torch.bfloat16: [_mixed("vith14", 64, 5120), _mixed("vits16", 64, 1536)],
+          torch.float32: [_case("vith14", 64, 5120)]},
     bench=[_case(f"vits16-224-b16-{rows}", rows, 1536) for rows in (6080, 3136, 960)],
 )
 

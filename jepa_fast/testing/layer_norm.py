@@ -59,10 +59,12 @@ _COMMON = {
     "dtypes": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
 
+
 def _gate(**options):
+    """Rows of the official widths, as a block under autocast has them, and in float32."""
     wide = ("weight", "bias", "residual")
-    return {torch.bfloat16: [_case(f"width-{D}", 32, D, wide=wide, **options) for D in (384, 1280)],
-            torch.float32: [_case("width-1280", 32, 1280, **options)]}
+    return {torch.bfloat16: [_case(f"d{D}", 64, D, wide=wide, **options) for D in (384, 1024, 1280, 1408, 1664)],
+            torch.float32: [_case("d1280", 64, 1280, **options)]}
 
 
 LAYER_NORM = OpSpec(
