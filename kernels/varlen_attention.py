@@ -290,7 +290,8 @@ def config(kind: str, d: int, dtype: torch.dtype, **default) -> dict:
 def float32_config(kind: str, d: int) -> dict:
     """Small blocks: float32 is multiplied exactly, not by the tensor cores, with whole rows in registers."""
     BLOCK_M, BLOCK_N = 32 if d <= 64 else 16, 32 if d <= 96 else 16
-    return config(kind, d, torch.float32, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2)
+    return config(kind, d, torch.float32, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0, num_warps=8, num_stages=2,
+                  maxnreg=255)
 
 
 def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> dict | None:

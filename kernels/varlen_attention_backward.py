@@ -49,20 +49,20 @@ def first_query(key, n_q, n_k, frame_size, FRAME_CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def load_lse(lse_ptr, count, BLOCK_M: tl.constexpr):
-    """Infinite beyond count and where a query has no key, so that exp(s - lse) is 0 there."""
+def load_lse(lse_ptr, count, BLOCK_M: tl.constexpr, EXACT: tl.constexpr):
+    """As `weights` takes it; infinite beyond count and where a query has no key, so that they are 0 there."""
     offs_m = tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < count, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+    return tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * _LOG2E)
 
 
 @triton.jit
 def weights(s, lse, scale, EXACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """exp(scale * s - lse); EXACT: the difference is taken before the change of base, whose factors are rounded."""
+    """exp(scale * s - lse); EXACT: the difference before the change of base, else lse comes in powers of two."""
     if EXACT:
         return tl.exp2((s * scale - lse) * _LOG2E)
     else:
-        return exp2(s * (scale * _LOG2E) - lse * _LOG2E, POLYNOMIAL)
+        return exp2(s * (scale * _LOG2E) - lse, POLYNOMIAL)
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def short_backward_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_se
                           BLOCK_N: tl.constexpr, BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr,
                           POLYNOMIAL: tl.constexpr):
     """All of one head of one sequence."""
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     head = (tl.program_id(0) % H).to(tl.int64)
     row_q, n_q = sequence(cu_seqlens_q_ptr, tl.program_id(0) // H)
     row_k, n_k = sequence(cu_seqlens_k_ptr, tl.program_id(0) // H)
@@ -111,9 +112,9 @@ def short_backward_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_se
         o0, o1 = load_head(out_ptr + head * D, row, count, H, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
         q0, q1 = rotate_head(q0, q1, rotary_q_ptr, row, count, R_Q, BLOCK_D1, False)
         delta = dot_rows(g0, g1, o0, o1, BLOCK_D1)
-        lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M)
+        lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M, EXACT)
         s = dot_heads(k0, k1, q0, q1, BLOCK_D1)                                     # [BLOCK_N, BLOCK_M]
-        p = weights(s, lse[None, :], scale, q0.dtype == tl.float32, POLYNOMIAL)
+        p = weights(s, lse[None, :], scale, EXACT, POLYNOMIAL)
         p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], p, 0.0)
         dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, BLOCK_D1)
         ds = p * (dot_heads(v0, v1, g0, g1, BLOCK_D1) - delta[None, :])
@@ -147,6 +148,7 @@ def backward_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seq
                        BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, POLYNOMIAL: tl.constexpr):
     """dk and dv of one block of keys of one head, over blocks of queries."""
     pid = tl.program_id(0)
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     head = (pid // num_blocks % H).to(tl.int64)
     row_q, n_q = sequence(cu_seqlens_q_ptr, pid // num_blocks // H)
     row_k, n_k = sequence(cu_seqlens_k_ptr, pid // num_blocks // H)
@@ -172,10 +174,10 @@ def backward_kv_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seq
             row, count = row_q + start_m, n_q - start_m
             q0, q1 = load_head(q_ptr + head * stride_qh * D, row, count, stride_qp, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
             g0, g1 = load_head(grad_ptr + head * D, row, count, H, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
-            lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M)
+            lse = load_lse(lse_ptr + head * P_q + row, count, BLOCK_M, EXACT)
             delta = tl.load(delta_ptr + head * P_q + row + offs_m, mask=offs_m < count, other=0.0)
             s = dot_heads(k0, k1, q0, q1, BLOCK_D1)                                 # [BLOCK_N, BLOCK_M]
-            p = weights(s, lse[None, :], scale, q0.dtype == tl.float32, POLYNOMIAL)
+            p = weights(s, lse[None, :], scale, EXACT, POLYNOMIAL)
             if not WHOLE:
                 p = tl.where(first[:, None] <= (start_m + offs_m)[None, :], p, 0.0)
             dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, BLOCK_D1)
@@ -193,6 +195,7 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
                       BLOCK_D0: tl.constexpr, BLOCK_D1: tl.constexpr, POLYNOMIAL: tl.constexpr):
     """dq of one block of queries of one head, over blocks of keys."""
     pid = tl.program_id(0)
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     head = (pid // num_blocks % H).to(tl.int64)
     row_q, n_q = sequence(cu_seqlens_q_ptr, pid // num_blocks // H)
     row_k, n_k = sequence(cu_seqlens_k_ptr, pid // num_blocks // H)
@@ -205,7 +208,7 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
     v_ptr += head * stride_vh * D
     q0, q1 = load_head(q_ptr + head * stride_qh * D, row_q, count_q, stride_qp, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
     g0, g1 = load_head(grad_ptr + head * D, row_q, count_q, H, D, BLOCK_M, BLOCK_D0, BLOCK_D1)
-    lse = load_lse(lse_ptr + head * P_q + row_q, count_q, BLOCK_M)
+    lse = load_lse(lse_ptr + head * P_q + row_q, count_q, BLOCK_M, EXACT)
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     delta = tl.load(delta_ptr + head * P_q + row_q + offs_m, mask=offs_m < count_q, other=0.0)
 
@@ -218,7 +221,7 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
             k0, k1 = load_head(k_ptr, row_k + start_n, n_k - start_n, stride_kp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
             v0, v1 = load_head(v_ptr, row_k + start_n, n_k - start_n, stride_vp, D, BLOCK_N, BLOCK_D0, BLOCK_D1)
             s = dot_heads(q0, q1, k0, k1, BLOCK_D1)                                 # [BLOCK_M, BLOCK_N]
-            p = weights(s, lse[:, None], scale, q0.dtype == tl.float32, POLYNOMIAL)
+            p = weights(s, lse[:, None], scale, EXACT, POLYNOMIAL)
             if MASKED:
                 p = tl.where((start_n + offs_n)[None, :] < visible[:, None], p, 0.0)
             ds = p * (dot_heads(g0, g1, v0, v1, BLOCK_D1) - delta[:, None])
@@ -229,11 +232,12 @@ def backward_q_kernel(grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_seql
 def _short_config(d: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> dict | None:
     """None where the keys of a sequence do not fit one block."""
     is_float32, is_hopper = dtype == torch.float32, capability() >= 90
-    if d > 96 or not fits_one_block(d, max_seqlen_k, 3072 if is_float32 else 10240 if is_hopper else 4096):
+    if d > 64 or not fits_one_block(d, max_seqlen_k, 2048 if is_float32 else 8192 if is_hopper else 4096):
         return None
-    BLOCK_M, BLOCK_N = block_size(max_seqlen_q, 16 if is_float32 else 64 if is_hopper else 32), block_size(max_seqlen_k)
-    return config(f"short{BLOCK_N}-backward", d, dtype, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POLYNOMIAL=0,
-                  num_warps=8 if BLOCK_N == 128 or d > 64 else 4, num_stages=1)
+    BLOCK_N = block_size(max_seqlen_k)
+    BLOCK_M = 16 if is_float32 or d > 32 and not is_hopper else 64 if is_hopper and BLOCK_N == 128 else 32
+    return config(f"short{BLOCK_N}-backward", d, dtype, BLOCK_M=block_size(max_seqlen_q, BLOCK_M), BLOCK_N=BLOCK_N,
+                  POLYNOMIAL=0, num_warps=8 if BLOCK_N == 128 else 4, num_stages=1)
 
 
 def _kv_config(d: int, dtype: torch.dtype) -> dict:
