@@ -34,11 +34,17 @@ def test_compiles_without_warnings_and_spills(source, tmp_path):
     done = subprocess.run(
         [NVCC, "-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}", f"-I{ROOT}/csrc",
          "-Werror", "all-warnings", "-Xptxas", "-v", "-Xcompiler", "-Wall", "-c", str(source), "-o", str(tmp_path / "o"),
+         "-keep", "-keep-dir", str(tmp_path),
          *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout)
     assert spills and all(pair == ("0", "0") for pair in spills), done.stdout
+    files = list(tmp_path.glob("*.ptx"))
+    assert len(files) == len(ARCHITECTURES)
+    if "load<" in source.read_text():  # nvcc may take 16 bytes apart
+        for ptx in files:
+            assert re.search(r"ld\.global\S*\.v4", ptx.read_text()) and "st.global.v4" in ptx.read_text(), ptx.name
 
 
 @needs_nvcc

@@ -50,8 +50,8 @@ __device__ inline float gelu_slope(float z) {  // s = |z| phi(z) - Phi(-|z|): -s
 // 32 n columns and kForwardRows rows per block, a lane per n columns
 template <typename T, int n>
 __global__ void __launch_bounds__(kWarps * 32)
-    bias_gelu_kernel(const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ out, int64_t P, int64_t D) {
-  const int64_t d = (int64_t(blockIdx.y) * 32 + threadIdx.x % 32) * n;
+    bias_gelu_kernel(const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ out, int64_t P, int D) {
+  const int d = (int(blockIdx.y) * 32 + int(threadIdx.x) % 32) * n;
   if (d >= D) return;
   const Floats<n> b = load<n>(bias + d);
 #pragma unroll
@@ -69,10 +69,10 @@ __global__ void __launch_bounds__(kWarps * 32)
 template <typename T, int n>
 __global__ void __launch_bounds__(kWarps * 32, 3)
     bias_gelu_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ bias,
-                              T* __restrict__ grad_x, float* __restrict__ sums, int64_t P, int64_t D, int64_t rows) {
+                              T* __restrict__ grad_x, float* __restrict__ sums, int64_t P, int D, int64_t rows) {
   __shared__ float of_warp[kWarps][32 * n];
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int64_t first = int64_t(blockIdx.y) * 32 * n, d = first + lane * n;
+  const int first = int(blockIdx.y) * 32 * n, d = first + lane * n;
   Floats<n> sum = {};
   if (d < D) {
     const Floats<n> b = load<n>(bias + d);
@@ -93,12 +93,12 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
   for (int j = 0; j < n; ++j) of_warp[warp][j * 32 + lane] = sum[j];
   __syncthreads();
   for (int i = int(threadIdx.x); i < 32 * n; i += kWarps * 32) {
-    const int64_t column = first + i % 32 * n + i / 32;
+    const int column = first + i % 32 * n + i / 32;
     if (column >= D) continue;
     float total = of_warp[0][i];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) total += of_warp[w][i];
-    sums[blockIdx.x * D + column] = total;
+    sums[int64_t(blockIdx.x) * D + column] = total;
   }
 }
 
@@ -134,19 +134,21 @@ void by_type(const Tensor& x, std::initializer_list<const void*> pointers, Call 
 
 void bias_gelu(const Tensor& x, const Tensor& bias, Tensor out) {
   const int64_t P = x.size(0), D = x.size(1);
+  STD_TORCH_CHECK(D < (int64_t(1) << 21), "bias_gelu: D must be below 2^21");
   const OnDevice device(x);
   by_type(x, {x.data_ptr(), bias.data_ptr(), out.data_ptr()}, [&](auto type, auto width) {
     using T = decltype(type);
     constexpr int n = decltype(width)::value;
     const dim3 grid(unsigned(ceil_div(P, kForwardRows)), unsigned(ceil_div(D, 32 * n)));
     launch(bias_gelu_kernel<T, n>, grid, kWarps * 32, 0, device.stream, static_cast<const T*>(x.data_ptr()), floats(bias),
-           static_cast<T*>(out.data_ptr()), P, D);
+           static_cast<T*>(out.data_ptr()), P, int(D));
   });
 }
 
 void bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias, Tensor grad_x, Tensor grad_bias) {
   const int64_t P = x.size(0), D = x.size(1), rows = std::max(kBackwardRows, ceil_div(P, kMostBlocks));
   const int64_t blocks = ceil_div(P, rows);
+  STD_TORCH_CHECK(D < (int64_t(1) << 21), "bias_gelu: D must be below 2^21");
   const OnDevice device(x);
   Tensor scratch = torch::stable::new_empty(x, {blocks, D}, ScalarType::Float);
   float* sums = scratch.mutable_data_ptr<float>();
@@ -155,7 +157,7 @@ void bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
     constexpr int n = decltype(width)::value;
     launch(bias_gelu_backward_kernel<T, n>, dim3(unsigned(blocks), unsigned(ceil_div(D, 32 * n))), kWarps * 32, 0,
            device.stream, static_cast<const T*>(grad.data_ptr()), static_cast<const T*>(x.data_ptr()), floats(bias),
-           static_cast<T*>(grad_x.data_ptr()), sums, P, D, rows);
+           static_cast<T*>(grad_x.data_ptr()), sums, P, int(D), rows);
   });
   launch(sum_kernel, dim3(unsigned(ceil_div(D, kColumns))), kColumns * kGroups, 0, device.stream, sums,
          grad_bias.mutable_data_ptr<float>(), blocks, D);

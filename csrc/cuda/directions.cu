@@ -49,12 +49,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t block = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (4 * block >= count) return;
   const Block made = philox(uint64_t(block), seed, uint64_t(*step));
-  float normal[4];
-  box_muller(made.word[0], made.word[1], normal);
-  box_muller(made.word[2], made.word[3], normal + 2);
-#pragma unroll
-  for (int w = 0; w < 4; ++w)
-    if (4 * block + w < count) out[4 * block + w] = normal[w];
+  Floats<4> normal;
+  box_muller(made.word[0], made.word[1], normal.value);
+  box_muller(made.word[2], made.word[3], normal.value + 2);
+  if (4 * block + 4 <= count) return store(out + 4 * block, normal);
+  for (int w = 0; 4 * block + w < count; ++w) out[4 * block + w] = normal[w];
 }
 
 __global__ void __launch_bounds__(kColumns * kGroups) normalise_kernel(float* a, int64_t D, int64_t K) {
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-// out [D, K] float32; step a single int64
+// out [D, K] float32, aligned to 16 bytes; step a single int64
 void directions(const Tensor& step, int64_t seed, Tensor out) {
   const int64_t D = out.size(0), K = out.size(1);
   const OnDevice device(out);
