@@ -59,17 +59,15 @@ def test_training_is_that_of_the_cpu(name, tmp_path):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
-@pytest.mark.parametrize("call, message", [
-    ("gather_tokens(torch.zeros(1, 4, 8, device='cuda'), torch.tensor([[0, 4]], device='cuda'))", "index must be in [0, 4)"),
-    ("varlen_attention_qkv(torch.zeros(4, 3, 1, 16, device='cuda'), torch.tensor([0, 5, 4], device='cuda').int(), 5)",
-     "cu_seqlens must rise from 0"),
+@pytest.mark.parametrize("call", [
+    "gather_tokens(torch.zeros(1, 4, 8, device='cuda'), torch.tensor([[0, 4]], device='cuda'))",
+    "varlen_attention_qkv(torch.zeros(4, 3, 1, 16, device='cuda'), torch.tensor([0, 5, 4], device='cuda').int(), 5)",
 ])
-def test_values_are_checked_on_the_device(call, message):
-    """In a process of its own: the assertion ends the device's context."""
-    code = f"import torch; from jepa_fast.ops import *; from jepa_fast import ops\n" \
-           f"with ops.checks_on_device(): {call}\ntorch.cuda.synchronize()"
+def test_values_are_checked_on_the_device(call):
+    """In a process of its own: the assertion ends the device's context. PyTorch does not print its message on a GPU."""
+    code = f"import torch; from jepa_fast import ops\nwith ops.checks_on_device(): ops.{call}\ntorch.cuda.synchronize()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0 and message in done.stdout + done.stderr
+    assert done.returncode != 0 and "assert" in (done.stdout + done.stderr).lower()
 
 
 def test_a_captured_step_takes_new_scalars():

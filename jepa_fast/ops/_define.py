@@ -241,8 +241,8 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
 def checks_on_device() -> Iterator[None]:
     """Within the block ops check values on a GPU too (index ranges, cu_seqlens), without waiting for it.
 
-    A value that does not fit fails an assertion on the device, which ends its context: for debugging. Elsewhere what an op
-    does with such a value on a GPU is undefined.
+    A value that does not fit fails an assertion on the device, which ends its context: for debugging, with
+    CUDA_LAUNCH_BLOCKING=1 to see in which call. Elsewhere what an op does with such a value on a GPU is undefined.
     """
     _CHECKED_ON_DEVICE.append(None)
     try:
