@@ -49,7 +49,7 @@ gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
 
 gpu-bench:
-	$(PYTHON) -m bench.on_gpu --out bench/results/gpu
+	$(PYTHON) -m bench.on_gpu --out bench/results/gpu/here
 
 lint: $(VENV)/.tested
 	$(RUN) -m ruff check .

@@ -36,6 +36,7 @@ class Resources:
     num_stages: int
     tensor_core: int         # instructions in the disassembly
     wants_tensor_core: bool  # it has a product of half-precision tiles
+    is_exact: bool           # all its products are of float32 tiles, to be rounded as float32
 
     def problems(self) -> list[str]:
         """Why this must not ship; empty where it may."""
@@ -48,6 +49,8 @@ class Resources:
             found.append(f"needs {self.registers * 32 * self.num_warps} registers per block, there are {REGISTERS}")
         if self.wants_tensor_core and not self.tensor_core:
             found.append("multiplies half precision without tensor cores")
+        if self.is_exact and self.tensor_core:
+            found.append("multiplies float32 on tensor cores, which round it to tf32")
         return found
 
 
@@ -121,12 +124,14 @@ def resources(name: str, kernel, arch: int) -> Resources:
         file.flush()
         usage = _run(TOOLS / "cuobjdump", "-res-usage", file.name)
         sass = _run(TOOLS / "nvdisasm", "-c", file.name)
+    products = re.findall(r"tt\.dot .*", kernel.asm["ttir"])
     registers, stack = (int(re.search(key + r":(\d+)", usage).group(1)) for key in ("REG", "STACK"))
     return Resources(
         kernel=name, arch=arch, registers=registers, spill_bytes=_spill_bytes(kernel, arch) if stack else 0,
         shared_bytes=kernel.metadata.shared, num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages,
         tensor_core=sum(len(re.findall(rf"\b{name}\b", sass)) for name in TENSOR_CORE),
-        wants_tensor_core=bool(re.search(r"tt\.dot .*(?:bf16|f16)>? \*", kernel.asm["ttir"])))
+        wants_tensor_core=any(re.search(r"(?:bf16|f16)> \*", line) for line in products),
+        is_exact=bool(products) and all(re.search(r"f32> \*", line) and "tf32" not in line for line in products))
 
 
 def _spill_bytes(kernel, arch: int) -> int:

@@ -120,7 +120,7 @@ def gather_patches(pixels, index, patch_size):
     return torch.gather(patches, 1, index.unsqueeze(-1).expand(-1, -1, C * p * q))
 
 
-def latent_loss(prediction, target, target_idx, beta):
+def latent_loss(prediction, target, target_idx, beta, return_stats):
     h = F.layer_norm(target.float(), target.shape[-1:])[target_idx]
     if beta == 0:
         return (prediction.float() - h).abs().mean()
@@ -139,11 +139,35 @@ def bias_gelu(x, bias):
 
 
 def _eager_sigreg(x, directions):
-    from jepa_fast.testing.sigreg import eager_sigreg
-    return eager_sigreg(x.float(), directions)
+    """The official formulation as autocast runs it: the product in x's dtype, the rest in float32, every tensor in full."""
+    from jepa_fast.ops.sigreg import OFFICIAL
+
+    t, phi = x.new_tensor((0.0, *OFFICIAL.knots), dtype=torch.float32), (1.0, *OFFICIAL.phi)
+    phi, weights = (x.new_tensor(v, dtype=torch.float32) for v in (phi, (OFFICIAL.t_step, *OFFICIAL.weights)))
+    phase = (x @ directions.to(x.dtype)).float().unsqueeze(-1) * t
+    error = (phase.cos().mean(-3) - phi).square() + phase.sin().mean(-3).square()
+    return (error @ weights * x.shape[-2]).mean()
 
 
 sigreg_peers = eager_and_compiled(_eager_sigreg)
+
+
+def randn(arguments: dict) -> Callable:
+    """Other numbers of the same kind: for time alone."""
+    shape, device = (arguments["dim"], arguments["num_slices"]), arguments["step"].device
+    return lambda: F.normalize(torch.randn(shape, device=device), dim=0)
+
+
+def host_sampler(arguments: dict) -> Callable:
+    """The index lists of the same masks, drawn on the CPU and sent over."""
+    from jepa_fast.masking import MultiBlock
+
+    config, device = MultiBlock(mode="unbiased"), arguments["step"].device
+
+    def call():
+        masks = config.sample(arguments["grid"], arguments["batch_size"], seed=arguments["seed"], step=0)
+        return masks.context_idx.to(device), masks.target_idx.to(device)
+    return call
 
 
 def adamw_fused(arguments: dict) -> Callable | None:

@@ -1,6 +1,6 @@
 """Write the tables of results into the README:  python -m bench.report
 
-Reads bench/results/*.json; no number in those tables is typed by hand.
+Reads bench/results/*.json and bench/results/gpu/*/results.json; no number in those tables is typed by hand.
 """
 
 import json
@@ -35,6 +35,29 @@ def demo_table() -> str:
                                                                           for row in data["rows"]) + "\n"
 
 
+def gpu_table() -> str:
+    """Goals and times of every bench/results/gpu/<device>/results.json; or that there are none."""
+    from .gpu_page import TIME_COLUMNS, time_cells
+
+    parts = []
+    for path in sorted((ROOT / "bench/results/gpu").glob("*/results.json")):
+        data = json.loads(path.read_text())
+        where = data["provenance"]
+        parts.append(f"{where['device']}, torch {where['torch']}, commit {where['commit']}; copy "
+                     f"{where['copy_bytes_per_s'] / 1e12:.2f} TB/s, product {where['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s\n")
+        goals = [(g["op"], g["case"], g["what"], f"{g['asked']:.2f}× {g['against']}",
+                  "not measured" if g["measured"] is None else f"{g['measured']:.2f}×{'' if g['met'] else ' (missed)'}")
+                 for g in data["goals"]]
+        parts += [markdown(("op", "case", "pass", "goal", "measured"), goals),
+                  markdown(TIME_COLUMNS, [time_cells(row) for row in data["times"]])]
+    return "\n".join(parts) or "Not measured: no GPU was available yet. `python -m bench.on_gpu` measures it all.\n"
+
+
+def markdown(columns: tuple, rows: list[tuple]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
 def put(text: str, name: str, table: str) -> str:
     """Replace what stands between the marks of `name`."""
     begin, end = BEGIN.format(name), END.format(name)
@@ -43,7 +66,9 @@ def put(text: str, name: str, table: str) -> str:
 
 def main() -> None:
     readme = ROOT / "README.md"
-    text = put(put(readme.read_text(), "demo", demo_table()), "bench", bench_table())
+    text = readme.read_text()
+    for name, table in (("demo", demo_table), ("bench", bench_table), ("gpu", gpu_table)):
+        text = put(text, name, table())
     readme.write_text(text)
 
 

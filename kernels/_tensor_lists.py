@@ -37,7 +37,7 @@ def address(entry_ptr, num_tensors, COLUMN: tl.constexpr, DTYPE: tl.constexpr, I
 
 def to_device(values, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers from the host, without waiting for the device."""
-    values = torch.tensor(values, dtype=dtype)
+    values = torch.as_tensor(values, dtype=dtype)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
@@ -46,7 +46,7 @@ def _blocks(device: torch.device, sizes: tuple[int, ...]) -> tuple[Tensor, tuple
     """Which tensor each block belongs to [blocks], and the first block of each tensor."""
     counts = [triton.cdiv(size, BLOCK) for size in sizes]
     tensor_of_block = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    return to_device(tensor_of_block.tolist(), torch.int32, device), tuple(itertools.accumulate(counts, initial=0))
+    return to_device(tensor_of_block, torch.int32, device), tuple(itertools.accumulate(counts, initial=0))
 
 
 @functools.lru_cache(maxsize=16)

@@ -51,7 +51,7 @@ def bias_gelu_backward_kernel(grad_ptr, x_ptr, bias_ptr, grad_x_ptr, partial_ptr
 
 
 def blocks(D: int) -> dict[str, int]:
-    BLOCK_D = min(triton.next_power_of_2(D), 512)
+    BLOCK_D = min(triton.next_power_of_2(max(D, 1)), 512)
     return {"BLOCK_R": min(2048 // BLOCK_D, 32), "BLOCK_D": BLOCK_D, "num_warps": 8}
 
 
@@ -72,7 +72,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D, config = x.shape[-1], blocks(x.shape[-1])
     num_rows, tiles_d = x.shape[:-1].numel(), triton.cdiv(D, config["BLOCK_D"])
-    num_programs, rows_per_program = split_rows(num_rows, config["BLOCK_R"], triton.cdiv(2 * NUM_PROGRAMS, max(tiles_d, 1)))
+    num_programs, rows_per_program = split_rows(num_rows, config["BLOCK_R"], 2 * NUM_PROGRAMS // max(tiles_d, 1))
     partial = torch.empty(num_programs, D, dtype=torch.float32, device=x.device)
     if x.numel():
         bias_gelu_backward_kernel[num_programs, tiles_d](

@@ -59,26 +59,23 @@ def first_and_step(p, t_start, t_step, RATIO: tl.constexpr):
 
 
 @triton.jit
-def rows_that_count(row_mask_ptr, v, offs_n, N, stride_mv):
-    keep = offs_n < N
-    if row_mask_ptr is not None:
-        keep = keep & (tl.load(row_mask_ptr + v * stride_mv + offs_n, mask=keep, other=0) != 0)
-    return keep
-
-
-@triton.jit
-def project(x_ptr, directions_ptr, offs_k, offs_n, keep, D, K, stride_xn,
+def project(x_ptr, directions_ptr, row_mask_ptr, v, offs_k, offs_n, N, D, K, stride_xv, stride_xn, stride_mv,
             BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """directions^T x^T [BLOCK_K, BLOCK_N]; 0 for rows that do not count, whatever they hold."""
+    """directions^T x^T [BLOCK_K, BLOCK_N], and which rows count; 0 for those that do not, whatever they hold."""
+    keep = offs_n < N
     p = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
         directions = tl.load(directions_ptr + offs_d[None, :] * K + offs_k[:, None],
                              mask=(offs_d < D)[None, :] & (offs_k < K)[:, None], other=0.0)  # [BLOCK_K, BLOCK_D]
-        x = tl.load(x_ptr + offs_n[None, :] * stride_xn + offs_d[:, None],
+        x = tl.load(x_ptr + v * stride_xv + offs_n[None, :] * stride_xn + offs_d[:, None],
                     mask=(offs_d < D)[:, None] & keep[None, :], other=0.0)                   # [BLOCK_D, BLOCK_N]
         p = tl.dot(directions, x, p, input_precision="ieee")
-    return p
+    # after the product: operands masked by bytes make Triton multiply float32 as tf32 on sm_100
+    if row_mask_ptr is not None:
+        keep = keep & (tl.load(row_mask_ptr + v * stride_mv + offs_n, mask=keep, other=0) != 0)
+        p = tl.where(keep[None, :], p, 0.0)
+    return p, keep
 
 
 @triton.jit
@@ -97,8 +94,8 @@ def sums_kernel(x_ptr, directions_ptr, row_mask_ptr, out_ptr, N, D, K, J, splits
     sum_sin = tl.zeros([BLOCK_K, KNOTS_P2], tl.float32)
     for n in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        keep = rows_that_count(row_mask_ptr, v, offs_n, N, stride_mv)
-        p = project(x_ptr + v * stride_xv, directions_ptr, offs_k, offs_n, keep, D, K, stride_xn, BLOCK_K, BLOCK_N, BLOCK_D)
+        p, keep = project(x_ptr, directions_ptr, row_mask_ptr, v, offs_k, offs_n, N, D, K, stride_xv, stride_xn, stride_mv,
+                          BLOCK_K, BLOCK_N, BLOCK_D)
         c, s, step_v, step_s = first_and_step(p, t_first, t_step, RATIO)
         # a row that does not count starts at 0, and turning leaves it there
         c, s = tl.where(keep[None, :], c, 0.0), tl.where(keep[None, :], s, 0.0)
@@ -110,7 +107,7 @@ def sums_kernel(x_ptr, directions_ptr, row_mask_ptr, out_ptr, N, D, K, J, splits
     mask = ((offs_j < KNOTS) & (knot < J))[None, :] & (offs_k < K)[:, None]
     out_ptr += (group * 2 * J + knot)[None, :] * K + offs_k[:, None]
     tl.store(out_ptr, sum_cos, mask=mask)
-    tl.store(out_ptr + J.to(tl.int64) * K, sum_sin, mask=mask)
+    tl.store(out_ptr + tl.cast(J, tl.int64) * K, sum_sin, mask=mask)
 
 
 @triton.jit
@@ -136,15 +133,15 @@ def projection_gradient_kernel(grad_sums_ptr, x_ptr, directions_ptr, row_mask_pt
     offs_k = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_n = pid // blocks_k % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     v = pid // (blocks_k * blocks_n)
-    keep = rows_that_count(row_mask_ptr, v, offs_n, N, stride_mv)
-    p = project(x_ptr + v * stride_xv, directions_ptr, offs_k, offs_n, keep, D, K, stride_xn, BLOCK_K, BLOCK_N, BLOCK_D)
+    p, keep = project(x_ptr, directions_ptr, row_mask_ptr, v, offs_k, offs_n, N, D, K, stride_xv, stride_xn, stride_mv,
+                      BLOCK_K, BLOCK_N, BLOCK_D)
     c, s, step_v, step_s = first_and_step(p, t_start, t_step, RATIO)
     step_c = 1.0 - step_v
     # the real part of the sum over knots of t (grad_sin + i grad_cos) exp(i t p)
     real = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     imag = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     grad_cos_ptr = grad_sums_ptr + v * 2 * J * K + offs_k
-    grad_sin_ptr = grad_cos_ptr + J.to(tl.int64) * K
+    grad_sin_ptr = grad_cos_ptr + tl.cast(J, tl.int64) * K
     for i in range(J):
         j = J - 1 - i
         t = t_start + j.to(tl.float32) * t_step
@@ -163,8 +160,9 @@ def sigreg_sums(x: Tensor, directions: Tensor, row_mask: Tensor | None, t_start:
     if V * N * K == 0:
         return x.new_zeros(V, 2, J, K, dtype=torch.float32)
     x, directions, row_mask = _prepare(x, directions, row_mask)
-    passes, config = triton.cdiv(J, KNOTS), _tile(x)
-    knots = triton.cdiv(J, passes)
+    passes = triton.cdiv(J, KNOTS)
+    knots, ratio = triton.cdiv(J, passes), _ratio(t_start, t_step) if passes == 1 else None
+    config = _tile(x, ratio)
     programs, rows = V * passes * triton.cdiv(K, config["BLOCK_K"]), ROWS
     while rows > config["BLOCK_N"] and programs * triton.cdiv(N, rows) < PROGRAMS:
         rows //= 2
@@ -172,8 +170,8 @@ def sigreg_sums(x: Tensor, directions: Tensor, row_mask: Tensor | None, t_start:
     partials = x.new_empty(V, splits, 2, J, K, dtype=torch.float32)
     sums_kernel[(programs * splits,)](
         x, directions, row_mask, partials, N, D, K, J, splits, rows, t_start, t_step, x.stride(0), x.stride(1),
-        0 if row_mask is None else row_mask.stride(0), RATIO=_ratio(t_start, t_step) if passes == 1 else None,
-        KNOTS=knots, KNOTS_P2=triton.next_power_of_2(knots), **config)
+        0 if row_mask is None else row_mask.stride(0), RATIO=ratio, KNOTS=knots, KNOTS_P2=triton.next_power_of_2(knots),
+        **config)
     if splits == 1:
         return partials[:, 0]
     sums, L = x.new_empty(V, 2, J, K, dtype=torch.float32), 2 * J * K
@@ -188,7 +186,8 @@ def sigreg_sums_backward(grad_sums: Tensor, x: Tensor, directions: Tensor, row_m
     if x.numel() == 0 or K == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     x, rounded, row_mask = _prepare(x, directions, row_mask)
-    grad_sums, config = grad_sums.contiguous(), _tile(x)
+    grad_sums, ratio = grad_sums.contiguous(), _ratio(t_start, t_step)
+    config = _tile(x, ratio)
     # float16 has no room for gradients of a mean
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     grad_x, transposed = torch.empty(V, N, D, dtype=dtype, device=x.device), rounded.to(dtype).T
@@ -204,7 +203,7 @@ def sigreg_sums_backward(grad_sums: Tensor, x: Tensor, directions: Tensor, row_m
             grid = num_groups * triton.cdiv(num_rows, config["BLOCK_N"]) * triton.cdiv(K, config["BLOCK_K"])
             projection_gradient_kernel[(grid,)](
                 grad_sums[v:], piece, rounded, mask, g, num_rows, D, K, J, t_start, t_step, x.stride(0), x.stride(1),
-                0 if mask is None else mask.stride(0), RATIO=_ratio(t_start, t_step), **config)
+                0 if mask is None else mask.stride(0), RATIO=ratio, **config)
             torch.mm(g, transposed, out=out.view(-1, D))
     return grad_x.to(x.dtype)
 
@@ -214,11 +213,18 @@ def _prepare(x: Tensor, directions: Tensor, row_mask: Tensor | None) -> tuple[Te
     return x, directions.to(x.dtype).contiguous(), None if row_mask is None else row_mask.contiguous().view(torch.uint8)
 
 
-def _tile(x: Tensor) -> dict:
-    """64 slices by 64 rows, of which float32, without tensor cores, leaves fewer registers a thread."""
-    is_half = x.dtype.itemsize == 2
-    return {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_D": min(max(triton.next_power_of_2(x.shape[2]), 16), 64 if is_half else 32),
-            "num_warps": 4 if is_half else 8}
+def _tile(x: Tensor, ratio: float | None) -> dict:
+    """What fits into registers: four numbers are live from knot to knot for each of 16 or 32 projections a thread."""
+    D = x.shape[2]
+    if x.dtype == torch.float32:  # no tensor cores
+        K, N, wide, num_warps = 64, 64, 32, 8
+    elif ratio is None or D < 32:  # two angles, or a loop that ends at once: more is live
+        K, N, wide, num_warps = 128, 32, 64, 8
+    elif D > 256:  # bound by the reading of operands, not by arithmetic
+        K, N, wide, num_warps = 128, 64, 64, 8
+    else:
+        K, N, wide, num_warps = 64, 32, 64, 4
+    return {"BLOCK_K": K, "BLOCK_N": N, "BLOCK_D": min(max(triton.next_power_of_2(D), 16), wide), "num_warps": num_warps}
 
 
 def _ratio(t_start: float, t_step: float) -> float | None:

@@ -3,11 +3,13 @@
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 
 import cuda_host
 import pytest
+import setuptools
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,11 +34,39 @@ def test_compiles_without_warnings_and_spills(source, tmp_path):
     done = subprocess.run(
         [NVCC, "-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}", f"-I{ROOT}/csrc",
          "-Werror", "all-warnings", "-Xptxas", "-v", "-Xcompiler", "-Wall", "-c", str(source), "-o", str(tmp_path / "o"),
+         "-keep", "-keep-dir", str(tmp_path),
          *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout)
     assert spills and all(pair == ("0", "0") for pair in spills), done.stdout
+    files = list(tmp_path.glob("*.ptx"))
+    assert len(files) == len(ARCHITECTURES)
+    if "load<" in source.read_text():  # nvcc may take 16 bytes apart
+        for ptx in files:
+            assert re.search(r"ld\.global\S*\.v4", ptx.read_text()) and "st.global.v4" in ptx.read_text(), ptx.name
+
+
+@needs_nvcc
+def test_failed_build_leaves_the_cpu_extension(monkeypatch, capsys):
+    """One line says why there are no CUDA kernels; JEPA_FAST_REQUIRE_NATIVE=1 makes it an error."""
+    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
+    monkeypatch.setenv("JEPA_FAST_CUDA_ARCHS", "90a")
+    build = runpy.run_path(str(ROOT / "setup.py"))["build_tensor_ops"]
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        if any(word.endswith(".cu") for word in command):
+            raise RuntimeError("nvcc -c x.cu\nx.cu(1): error: unsupported host compiler\nmore")
+
+    monkeypatch.setitem(build.__globals__, "run", run)
+    build(["g++"], pathlib.Path("/nowhere/_C.so"), pathlib.Path("/nowhere"))
+    assert "plain PyTorch: x.cu(1): error: unsupported host compiler\n" in capsys.readouterr().err
+    assert commands[-1][:2] == ["g++", "-shared"] and not any(word.endswith(".cu.o") for word in commands[-1])
+    monkeypatch.setenv("JEPA_FAST_REQUIRE_NATIVE", "1")
+    with pytest.raises(RuntimeError, match="unsupported host compiler"):
+        build(["g++"], pathlib.Path("/nowhere/_C.so"), pathlib.Path("/nowhere"))
 
 
 class Guarded(TorchDispatchMode):
@@ -92,12 +122,11 @@ def test_touches_its_tensors_only(spec):
 
 
 @needs_compiler
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [param for param in SPECS if param.values[0].name != "directions"])
 def test_float16(spec):
-    """Every case but those beyond float16's range, by the same error rule."""
+    """Every case by the same error rule."""
     for case in spec.cases:
-        arguments = testing.make(spec, case, torch.float16)
-        if case.is_large or any(isinstance(v, torch.Tensor) and not v.isfinite().all() for v in arguments.values()):
+        if case.is_large:
             continue
         ours, plain, exact = testing.run_three_ways(spec, case, "cuda", torch.float16)
         testing.assert_within_error_rule(ours, plain, exact, spec.floor)

@@ -1,9 +1,12 @@
 """I-JEPA against what the official code computed: forward, gradients, three steps of training, in float32 and float64."""
 
+import contextlib
+
 import pytest
 import torch
 from golden_data import config, error, golden, under
 
+from jepa_fast import ops
 from jepa_fast.masking import Masks, MultiBlock
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.predictor import PredictorConfig
@@ -127,6 +130,19 @@ def test_three_training_steps(dtype, row, tolerance):
         for name, parameter in module.named_parameters():
             limit = 2e-3 if name.endswith("qkv.bias") and not row else tolerance
             assert_moments(parameter, data[f"final/{role}/{name}"][row], limit, f"{role} {name}")
+
+
+ROW_WISE = ("gather_patches", "gather_tokens", "scatter_tokens", "assemble_predictor_input", "bias_gelu",
+            "bias_gelu_backward", "latent_loss", "latent_loss_backward", "adamw_ema_", "ema_update_")
+
+
+@pytest.mark.skipif(any(ops.why_not(ops.TABLE[op]["triton"], "cpu") for op in ROW_WISE), reason="Triton is not emulated")
+def test_three_training_steps_on_triton():
+    """The row-wise kernels together, on the calls and dtypes that a model makes."""
+    with contextlib.ExitStack() as stack:
+        for op in ROW_WISE:
+            stack.enter_context(ops.use_backend("triton", op))
+        test_three_training_steps(torch.float32, 0, 1e-4)
 
 
 def test_initialisation_matches_the_official_statistics():

@@ -126,6 +126,18 @@ def test_large_sums_stay_exact(backend):
     assert abs(latent_loss(prediction, target).item() / exact.item() - 1) < 1e-7
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not emulated")
+def test_sums_of_more_programs_than_are_read_at_once(monkeypatch):
+    from jepa_fast.kernels import latent_loss as kernels
+    monkeypatch.setattr(kernels, "BLOCK_P", 4)
+    prediction, target = draw(39, 600), draw(39, 600, seed=1)
+    with ops.use_backend("triton"):
+        loss, stats = latent_loss(prediction, target, return_stats=True)
+    normalised = F.layer_norm(target.double(), (600,))
+    assert testing.error(loss, F.smooth_l1_loss(prediction.double(), normalised)) < 3e-7
+    assert testing.error(stats["cosine"], F.cosine_similarity(prediction.double(), normalised).mean()) < 1e-5
+
+
 def test_collapsed_target_is_zero_after_normalising(backend):
     """Rows without variance, far from zero, leave no rounding for 1 / std to blow up."""
     prediction, target = draw(9, 45), (1000 * draw(9, 1, seed=1)).repeat(1, 45)

@@ -81,7 +81,7 @@ def test_collapsed_rows_are_zero(backend):
     assert layer_norm(x).abs().max() < 1e-4
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not emulated")
 def test_many_rows_per_program(monkeypatch):
     """The sums over rows in two stages, where a program has several blocks of rows and the last one fewer."""
     from jepa_fast.kernels import layer_norm as kernels

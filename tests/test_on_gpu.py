@@ -1,6 +1,7 @@
 """The command for a machine with a GPU, rehearsed on one without: every stage runs and leaves its rows."""
 
 import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -8,7 +9,9 @@ import sys
 
 import pytest
 
+from bench import gpu_cases
 from bench.gpu_page import floor_us, goals
+from jepa_fast import testing
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -27,6 +30,39 @@ def test_rehearsal(tmp_path):
     attention = [goal for goal in results["goals"] if goal["op"] == "varlen_attention_qkv"]
     assert attention and all(goal["measured"] is None and goal["met"] is None for goal in attention)
     assert "not measured" in (tmp_path / "index.html").read_text()
+
+
+def small_cases():
+    cases = gpu_cases
+    return [cases._attention("apart", [16, 16], 2, 24), cases._attention("rotary", [32, 32], 2, 64, (2, 4, 4)),
+            cases._attention("frames", [32, 32], 2, 64, (2, 4, 4), frame_size=16),
+            cases._optimizer("step", [(3, 4), (5,)], 1), cases._ema("average", [(3, 4)]),
+            cases._layer_norm("rows", 10, 64, False), cases._layer_norm("stream", 10, 64, True),
+            cases._latent_loss("smooth", 20, 30, 64, 1.0), cases._latent_loss("l1", 20, 30, 64, 0.0),
+            cases._gather("rows", 2, 9, 4, 16), cases._scatter("rows", 2, 9, 4, 16), cases._patches("rows", 2, 28, 14, 2),
+            cases._bias_gelu("rows", 8, 64), cases._sigreg("views", 2, 16, 8, 32), cases._directions("unit", 8, 16),
+            cases._multiblock("masks", 3, (8, 8))]
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda case: f"{case.op}-{case.name}")
+def test_peers_do_the_same_work(case):
+    """On small shapes, as far as they run on a CPU: a peer that computes something else is no peer."""
+    from bench.gpu_stages import Provider, agree_with, providers_of
+
+    arguments = gpu_cases.arguments_of(case, "cpu")
+    expected = Provider("plain", functools.partial(testing.OPS[case.op].function, **arguments), "plain")
+    results = [t.detach() for t in expected.with_gradients(case, arguments)]
+    peers = [provider for provider in providers_of(case, arguments) if provider.backend is None]
+    compared = 0
+    for peer in [peer for peer in peers if peer.name != "torch.compile"]:
+        try:
+            theirs = peer.with_gradients(case, arguments)
+        except NotImplementedError:  # has no version for a CPU
+            continue
+        compared += 1
+        assert case.rtol is None or agree_with([t.detach() for t in theirs], results, case.rtol) is None, peer.name
+    assert compared or case.op == "adamw_ema_"
+    assert case.forward[0] > 0 and (not case.gradients or case.backward[0] > 0)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
@@ -60,7 +96,7 @@ def test_floor_and_goals():
 def test_sweep(tmp_path, monkeypatch):
     """Trials are compiled, timed and compared; what computes something else or fails cannot win."""
     pytest.importorskip("triton")
-    from bench import gpu_cases, gpu_stages, gpu_sweep
+    from bench import gpu_stages, gpu_sweep
 
     case = gpu_cases._attention("tiny", [20, 7], 1, 16)
     monkeypatch.setattr(gpu_stages, "OURS", {"cpu": ("triton",)})

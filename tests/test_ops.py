@@ -21,8 +21,9 @@ def native_backends(spec):
     return [backend for backend in spec.backends() if backend not in INTERPRETED]
 
 
-def cases_for(spec, backend):
-    return [case for case in spec.cases if backend not in INTERPRETED or not case.is_large]
+def cases_for(spec, backend, every=1):
+    """All cases, of an interpreted backend the small ones, and of those one in `every`."""
+    return [case for case in spec.cases if not case.is_large][::every] if backend in INTERPRETED else spec.cases
 
 
 ALL = [pytest.param(spec, case, backend, dtype, id=f"{spec.name}-{case}-{backend}-{str(dtype).split('.')[1]}")
@@ -80,7 +81,7 @@ def guarded(value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_strides_and_surroundings_do_not_matter(spec, backend, dtype):
     """Non-contiguous inputs in NaN-filled memory, and NaN-filled fresh outputs, give the same bits."""
-    for case in cases_for(spec, backend):
+    for case in cases_for(spec, backend, every=3):
         if dtype not in spec.dtypes or not can_run(spec, testing.make(spec, case, dtype), backend):
             continue
         expected = testing.run(spec, testing.make(spec, case, dtype), backend)
@@ -171,7 +172,7 @@ def test_fuzz(spec, data):
 
 
 @pytest.mark.parametrize("spec, backend", FROM_GPU)
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_fuzz_interpreted(spec, backend, data):
     case = spec.random_case(lambda low, high: data.draw(st.integers(low, high)))
@@ -182,7 +183,7 @@ def test_fuzz_interpreted(spec, backend, data):
 def test_triton_touches_its_tensors_only(spec):
     """No load or store outside the arguments, and no element stored by two programs."""
     from triton_interpreter import check_memory
-    for case in cases_for(spec, "triton"):
+    for case in cases_for(spec, "triton", every=2):
         arguments = testing.make(spec, case, torch.float32)
         if can_run(spec, arguments, "triton"):
             arguments = testing.make(spec, case, torch.float32)

@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
 #include <optional>
 
 #ifndef JEPA_FAST_CUDA_LIBRARY
@@ -87,6 +88,14 @@ void by_dtype(const char* name, ScalarType dtype, Call call) {
 
 inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+// rows of D values that begin at these addresses can be read and written by 16 bytes of T
+template <typename T>
+bool by_packs(int64_t D, std::initializer_list<const void*> pointers) {
+  bool all = D % (16 / sizeof(T)) == 0;
+  for (const void* p : pointers) all = all && is_aligned(p, 16);
+  return all;
+}
+
 template <typename T>
 T* pointer(const std::optional<Tensor>& t) { return t ? static_cast<T*>(t->data_ptr()) : nullptr; }
 
@@ -134,6 +143,15 @@ __device__ inline void store(T* p, const Floats<n>& x) {
 #pragma unroll
   for (int i = 0; i < n; ++i) from_float(&pack.value[i], x[i]);
   *reinterpret_cast<Pack<T, n>*>(p) = pack;
+}
+
+constexpr unsigned kAllLanes = 0xffffffff;
+
+template <typename T>
+__device__ inline T warp_sum(T x) {  // the same bits in every lane
+#pragma unroll
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  return x;
 }
 
 }  // namespace jepa_fast::cuda

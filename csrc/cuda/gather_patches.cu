@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Offsets offsets{kept, grid};
   offsets.fill();
+#pragma unroll 4
   for (int i = int(threadIdx.x); i < patches * L; i += kThreads) {
     const int patch = i / L;
     out[first * L + i] = pixels[first_word[patch] + offsets[i - patch * L]];

@@ -77,11 +77,6 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (first + 32 * k < V) store(out + row * D + (first + 32 * k) * n, sums[k]);
 }
 
-template <typename T>
-bool by_packs(int64_t D, std::initializer_list<const void*> pointers) {
-  return D % (16 / sizeof(T)) == 0 && std::all_of(pointers.begin(), pointers.end(), [](auto p) { return is_aligned(p, 16); });
-}
-
 }  // namespace
 
 void gather_tokens(const Tensor& x, const Tensor& index, std::optional<Tensor> positions,

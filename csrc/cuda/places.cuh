@@ -6,7 +6,6 @@
 
 namespace jepa_fast::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kSpan = 256;         // indices per span
 constexpr int64_t kFewPlaces = 1024;  // fewer are looked through without spans
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..nn.block import Block, Sequences
 from ..nn.init import frozen_table, init_vit_
 from ..nn.positions import sincos_2d
-from ..ops import gather_tokens
+from ..ops import assemble_predictor_input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,9 @@ class Predictor(nn.Module):
         mask token; predictor_position [P] is its place in the grid; prediction_idx [P_t] names the rows to return, and
         prediction_sequences says which of them belong to which of the sequences.
         """
-        x = self.predictor_embed(context)
-        # float32 residual stream under autocast, as official
-        mask_token = self.mask_token.flatten(0, 1)
-        x = torch.cat([x.to(mask_token.dtype), mask_token])
-        x = gather_tokens(x, predictor_idx, self.predictor_pos_embed[0], predictor_position)
+        # in the mask token's dtype: a float32 residual stream under autocast, as official
+        x = assemble_predictor_input(self.predictor_embed(context), self.mask_token.flatten(), predictor_idx,
+                                     self.predictor_pos_embed[0], predictor_position)
         for block in self.predictor_blocks[:-1]:
             x = block(x, sequences)
         # what the last block does to context tokens would be thrown away

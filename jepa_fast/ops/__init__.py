@@ -1,7 +1,8 @@
 """The ops: one public function each, checked once, differentiable, one node for torch.compile."""
 
 from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, checks_on_device, info, use_backend, why_not
-from .adamw_ema import adamw_ema_
+from .adamw_ema import adamw_ema_, adamw_ema_scalars, adamw_ema_scalars_
+from .assemble_predictor_input import assemble_predictor_input
 from .bias_gelu import bias_gelu
 from .directions import directions
 from .ema_update import ema_update_
@@ -14,7 +15,8 @@ from .sigreg import Quadrature, sigreg
 from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 
-__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "bias_gelu", "checks_on_device",
-           "directions", "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm",
-           "multiblock", "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend",
-           "varlen_attention", "varlen_attention_qkv", "why_not"]
+__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "adamw_ema_scalars",
+           "adamw_ema_scalars_", "assemble_predictor_input", "bias_gelu", "checks_on_device", "directions",
+           "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm", "multiblock",
+           "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend", "varlen_attention",
+           "varlen_attention_qkv", "why_not"]

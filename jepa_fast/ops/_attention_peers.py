@@ -6,14 +6,13 @@ choice passes over them: `bench/on_gpu` times them, `use_backend` asks for one b
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import _torch_attention
-from ._define import Implementation, Slower
+from ._define import Implementation, Slower, not_installed
 from ._torch_attention import whole_rows
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -26,14 +25,13 @@ def backends(adapt: Callable, is_backward: bool) -> dict[str, Implementation]:
         cpu, gpu = (_torch_attention.backward, torch_backward) if is_backward else (_torch_attention.forward, torch_forward)
         return (gpu if args[0].is_cuda else cpu)(*args, **kwargs)
 
-    def without(module: str):
-        return lambda device: None if importlib.util.find_spec(module) else f"{module} is not installed"
+    def package(name: str, forward: Callable, backward: Callable) -> Implementation:
+        return Implementation(adapt(backward if is_backward else forward), ("cuda",), _supports, _NOT_TIMED,
+                              lambda device: not_installed(name))
 
-    flash_attn, xformers = ((flash_attn_backward, xformers_backward) if is_backward
-                            else (flash_attn_forward, xformers_forward))
     return {"torch": Implementation(adapt(torch_on), ("cpu", "cuda"), _supports, _NOT_TIMED),
-            "flash_attn": Implementation(adapt(flash_attn), ("cuda",), _supports, _NOT_TIMED, without("flash_attn")),
-            "xformers": Implementation(adapt(xformers), ("cuda",), _supports, _NOT_TIMED, without("xformers"))}
+            "flash_attn": package("flash_attn", flash_attn_forward, flash_attn_backward),
+            "xformers": package("xformers", xformers_forward, xformers_backward)}
 
 
 def _supports(*args) -> str | None:

@@ -140,9 +140,15 @@ def _cuda_missing(device: str) -> str | None:
     return _too_old("CUDA")
 
 
+@functools.cache
+def not_installed(module: str) -> str | None:
+    """Why a module cannot be imported; None where it can."""
+    return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
 def _triton_missing(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if not_installed("triton"):
+        return not_installed("triton")
     if device == "cpu":  # only what tests and the compile gate do: the interpreter, or compiling without launching
         is_emulated = "triton" in _EMULATED or ("triton" in sys.modules and sys.modules["triton"].knobs.runtime.interpret)
         return None if is_emulated else "not for cpu tensors"
@@ -196,11 +202,16 @@ def choose(name: str, device: str, args: tuple) -> Implementation:
         if reason:
             raise RuntimeError(f"backend {forced!r} asked for, but {name} cannot use it: {reason}")
         return row[forced]
-    able = [row[backend] for backend in ORDER.get(device, ("plain",)) if why_not(row[backend], device, args) is None]
-    for implementation in able[:-1]:  # the last one is plain, which is not what a faster one is passed over for
+    passed_over = None
+    for backend in ORDER.get(device, ("plain",)):
+        implementation = row[backend]
+        if why_not(implementation, device, args) is not None:
+            continue
         if implementation.slower is None or not implementation.slower.holds(*args):
-            return implementation
-    return able[0]
+            # plain is not what a faster one is passed over for
+            return passed_over if backend == "plain" and passed_over is not None else implementation
+        passed_over = passed_over or implementation
+    return passed_over
 
 
 def why_not(implementation: Implementation | Missing, device: str, args: tuple | None = None) -> str | None:
@@ -241,8 +252,8 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
 def checks_on_device() -> Iterator[None]:
     """Within the block ops check values on a GPU too (index ranges, cu_seqlens), without waiting for it.
 
-    A value that does not fit fails an assertion on the device, which ends its context: for debugging. Elsewhere what an op
-    does with such a value on a GPU is undefined.
+    A value that does not fit fails an assertion on the device, which ends its context: for debugging, with
+    CUDA_LAUNCH_BLOCKING=1 to see in which call. Elsewhere what an op does with such a value on a GPU is undefined.
     """
     _CHECKED_ON_DEVICE.append(None)
     try:

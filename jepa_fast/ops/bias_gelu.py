@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import bias_gelu as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 
 
 def _forward_native(raw, x, bias):
@@ -25,10 +25,10 @@ def _rows(x: Tensor) -> Tensor:  # [P, D], contiguous
 
 define("bias_gelu(Tensor x, Tensor bias) -> Tensor",
        plain=reference.bias_gelu, cpp=compiled("bias_gelu", call=_forward_native),
-       triton=triton("bias_gelu"))
+       cuda=cuda("bias_gelu", call=_forward_native), triton=triton("bias_gelu"))
 define("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor grad_x, Tensor grad_bias)",
        plain=reference.bias_gelu_backward, cpp=compiled("bias_gelu_backward", call=_backward_native),
-       triton=triton("bias_gelu.bias_gelu_backward"))
+       cuda=cuda("bias_gelu_backward", call=_backward_native), triton=triton("bias_gelu.bias_gelu_backward"))
 
 
 @torch.library.register_fake("jepa_fast::bias_gelu")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import directions as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 
 RNGS = ("philox", "torch")
 
@@ -22,6 +22,7 @@ def _philox_only(step, seed, dim, num_slices, rng):
 define("directions(Tensor step, int seed, SymInt dim, SymInt num_slices, str rng) -> Tensor",
        plain=reference.directions,
        cpp=compiled("directions", call=_directions_native, supports=_philox_only),
+       cuda=cuda("directions", call=_directions_native, supports=_philox_only),
        triton=triton("directions", supports=_philox_only))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import latent_loss as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 from .gather_tokens import _check_range
 
 _STATS = ("cosine", "prediction_power", "target_std")
@@ -39,11 +39,13 @@ def _check_rows(target, target_idx):
 define("latent_loss(Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, float beta, float eps)"
        " -> (Tensor loss, Tensor stats, Tensor mean, Tensor rstd)",
        plain=reference.latent_loss, cpp=compiled("latent_loss", call=_forward_native),
+       cuda=cuda("latent_loss", call=_forward_native),
        triton=triton("latent_loss", supports=_why_not_triton),
        check=lambda prediction, target, target_idx, *_: _check_rows(target, target_idx))
 define("latent_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor? target_idx, Tensor? weight, "
        "Tensor mean, Tensor rstd, float beta) -> Tensor",
        plain=reference.latent_loss_backward, cpp=compiled("latent_loss_backward", call=_backward_native),
+       cuda=cuda("latent_loss_backward", call=_backward_native),
        triton=triton("latent_loss.latent_loss_backward", supports=_why_not_triton))
 
 

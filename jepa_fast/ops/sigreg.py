@@ -160,6 +160,7 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
     """SIGReg of embeddings x [..., N, D]; float32 (float64 for float64 x), also for half precision and under autocast.
 
     directions [D, K]: used as they are, no gradient; else `num_slices` are drawn from (seed, step), see `directions`.
+    For half-precision x the Triton kernels round them to its dtype, for value and gradient alike.
     row_mask [..., N] bool: rows that count; the others get no gradient and may hold anything, NaN included.
     group_dims: "leading": every index into the leading dims (views, time steps) is a group; "flatten": all are one.
     scale: factor of the statistic: "N" rows of the group on this rank, "N_global" on all ranks, "none" or a number.

@@ -32,3 +32,23 @@ def adamw_ema_(params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor],
     for copy, value in zip(shadow + average_shadow, params[: len(shadow)] + average[: len(average_shadow)],
                            strict=True):
         copy.copy_(value)
+
+
+def adamw_ema_scalars_(params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
+                       average: list[Tensor], shadow: list[Tensor], average_shadow: list[Tensor], scalars: Tensor,
+                       beta1: float, beta2: float, eps: float, grad_scale: Tensor | None) -> None:
+    """The same from `scalars` [n, 5]: 1 - lr * wd, -lr / (1 - beta1^step), sqrt(1 - beta2^step), momentum, 1 - momentum."""
+    for i, (p, m, v) in enumerate(zip(params, exp_avg, exp_avg_sq, strict=True)):
+        decay, step_size, correction2, keep, take = scalars[i]
+        grad = grads[i].to(p.dtype)
+        if grad_scale is not None:
+            grad = grad * (grad_scale[i] if grad_scale.dim() else grad_scale)
+        p.mul_(decay)
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        p.add_(m * step_size / (v.sqrt() / correction2).add_(eps))
+        if i < len(average):
+            average[i].mul_(keep).add_(take * p)
+    for copy, value in zip(shadow + average_shadow, params[: len(shadow)] + average[: len(average_shadow)],
+                           strict=True):
+        copy.copy_(value)

@@ -7,8 +7,7 @@ from ._spec import Case, OpSpec
 from ._vit import predictor_shapes, vit_shapes
 
 
-def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=0.9, momentum=0.996,
-          is_large=False):
+def _step(name, shapes, *, averages=0, shadows=False, scale=None, step=7, beta1=0.9, momentum=0.996, is_large=False):
     def make(g):
         def normal(shapes, size=1.0):
             return [size * torch.randn(shape, generator=g) for shape in shapes]
@@ -57,12 +56,37 @@ ADAMW_EMA = OpSpec(
         _step("scale-each", _ODD, averages=7, scale=0.0),
         _step("lerp-from-gradient", _ODD, beta1=0.3),
         _step("many-small", [(17,)] * 200, averages=100, shadows=True),
-        _step("two-threads", [(300, 301), (5,), (129, 1000)], averages=2),
+        _step("two-threads", [(300, 301), (5,), (129, 1000)], averages=2, is_large=True),
+        _step("several-blocks", [(50, 101), (5,), (64, 64)], averages=2, shadows=True, scale=0.9),
         _step("vits16-block", _VITS[:15], averages=15, shadows=True, scale=0.9, step=1000, is_large=True),
     ],
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
     random_case=_random,
     bench=[_step("vits16", _VITS + _PREDICTOR, averages=len(_VITS)),
            _step("vits16-shadows", _VITS + _PREDICTOR, averages=len(_VITS), shadows=True)],
 )
 
-SPECS = [ADAMW_EMA]
+
+def _from_tensor(case):
+    """The same case with the scalars of its step in a tensor."""
+    def make(g):
+        arguments = case.make(g)
+        changing = [arguments.pop(name) for name in ("lr", "weight_decay", "step")]
+        momentum = arguments.pop("momentum")
+        scalars = ops.adamw_ema_scalars(*changing, arguments["beta1"], arguments["beta2"], momentum)
+        return arguments | {"scalars": scalars}
+
+    return Case(case.name, make)
+
+
+ADAMW_EMA_SCALARS = OpSpec(
+    function=ops.adamw_ema_scalars_,
+    ops=("adamw_ema_scalars_",),
+    mutates=ADAMW_EMA.mutates,
+    keep_dtype=(*ADAMW_EMA.keep_dtype, "scalars"),
+    cases=[_from_tensor(case) for case in ADAMW_EMA.cases if case.name in (
+        "no-tensors", "empty-tensors", "first-step", "odd", "scale-each", "lerp-from-gradient")],
+    random_case=lambda draw: _from_tensor(_random(draw)),
+)
+
+SPECS = [ADAMW_EMA, ADAMW_EMA_SCALARS]

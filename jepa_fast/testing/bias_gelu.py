@@ -48,6 +48,7 @@ BIAS_GELU = OpSpec(
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     cases=[
         _case("empty", 0, 16),
+        _case("no-columns", 3, 0),
         _case("one", 1, 1),
         _case("one-row", 1, 45),
         _case("odd", 33, 7),
@@ -61,6 +62,8 @@ BIAS_GELU = OpSpec(
         _case("vits16-224-b1", 196, 1536),
     ],
     random_case=_random,
+    gate={torch.bfloat16: [_mixed("vith14", 64, 5120), _mixed("vits16", 64, 1536)],
+          torch.float32: [_case("vith14", 64, 5120)]},
     bench=[_case(f"vits16-224-b16-{rows}", rows, 1536) for rows in (6080, 3136, 960)],
 )
 

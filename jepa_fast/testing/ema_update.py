@@ -34,9 +34,11 @@ EMA_UPDATE = OpSpec(
         _lists("replaced", [(7, 5)], momentum=0.0),
         _lists("odd", [(1,), (63,), (64,), (65,), (7, 19), (3, 5, 11), (1001,)]),
         _lists("many-small", [(17,)] * 300),
-        _lists("two-threads", [(300, 301), (5,), (129, 1000)], momentum=0.99925),
+        _lists("two-threads", [(300, 301), (5,), (129, 1000)], momentum=0.99925, is_large=True),
+        _lists("several-blocks", [(50, 101), (5,), (64, 64)], momentum=0.99925),
         _lists("vits16-block", vit_shapes(384, 1), is_large=True),
     ],
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
     random_case=_random,
     bench=[_lists("vits16-encoder", vit_shapes(384, 12))],
 )

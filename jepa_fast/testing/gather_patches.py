@@ -18,7 +18,7 @@ def _index(g, kind, B, N, K):
     return torch.randint(0, max(B * N, 1) if packed else N, (B * K,) if packed else (B, K), generator=g)
 
 
-def _case(name, B, C, size, patch_size, K, kind="tokens", *, scatter=False, channels_last=False):
+def _case(name, B, C, size, patch_size, K, kind="tokens", *, scatter=False, channels_last=False, is_large=False):
     def make(g):
         N = math.prod(s // p for s, p in zip(size, patch_size, strict=True))
         index = _index(g, kind, B, N, K)
@@ -31,7 +31,7 @@ def _case(name, B, C, size, patch_size, K, kind="tokens", *, scatter=False, chan
             pixels = pixels.movedim(1, -1).contiguous().movedim(-1, 1)
         return {"pixels": pixels, "index": index, "patch_size": patch_size}
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
 def _cases(**kind):
@@ -47,8 +47,17 @@ def _cases(**kind):
         _case("clip-packed", 3, 2, (4, 9, 8), (2, 3, 4), 11, "packed", **kind),
         _case("clip-all", 2, 1, (4, 6, 6), (2, 3, 2), 0, "all", **kind),
         _case("packed", 3, 3, (32, 48), (16, 16), 4, "packed", **kind),
-        _case("vits16-224-b2", 2, 3, (224, 224), (16, 16), 50, **kind),
+        _case("patches-of-14", 1, 3, (42, 30), (14, 14), 5, **kind),
+        _case("vits16-224-b2", 2, 3, (224, 224), (16, 16), 50, is_large=True, **kind),
     ]
+
+
+def _gate(**options):
+    """Patches of 14, 16 and of two frames."""
+    cases = [_case("vith14", 1, 3, (42, 42), (14, 14), 5, **options),
+             _case("vits16", 1, 3, (48, 48), (16, 16), 5, **options),
+             _case("vitl16-clip", 1, 3, (4, 48, 48), (2, 16, 16), 5, **options)]
+    return {torch.float32: cases, torch.bfloat16: cases[:2]}
 
 
 def _random(**options):
@@ -74,6 +83,7 @@ GATHER = OpSpec(
     cases=[_case("channels-last", 2, 3, (12, 20), (4, 5), 9, channels_last=True),
            _case("clip-channels-last", 2, 3, (4, 8, 8), (2, 4, 4), 5, channels_last=True), *_cases()],
     random_case=_random(),
+    gate=_gate(),
     bench=[_case("vits16-224-b16", 16, 3, (224, 224), (16, 16), 50),
            _case("vith14-224-b16", 16, 3, (224, 224), (14, 14), 70),
            _case("vitl16-clip-b2", 2, 3, (16, 224, 224), (2, 16, 16), 365)],
@@ -87,6 +97,7 @@ SCATTER = OpSpec(
     copies=True,
     cases=_cases(scatter=True),
     random_case=_random(scatter=True),
+    gate=_gate(scatter=True),
     bench=[_case("vits16-224-b16", 16, 3, (224, 224), (16, 16), 50, scatter=True)],
 )
 

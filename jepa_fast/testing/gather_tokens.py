@@ -91,6 +91,8 @@ SCATTER = OpSpec(
         _scatter("vits16-224-b4", 4, 196, 90, 384, fill=True, positions=True),
     ],
     random_case=_random_scatter,
+    gate={dtype: [_scatter("vith14", 2, 40, 90, 1280, fill=True, positions=True), _scatter("predictor", 2, 40, 90, 384)]
+          for dtype in (torch.bfloat16, torch.float32)},
     bench=[_scatter("vits16-224-b64", 64, 196, 90, 384, fill=True, positions=True)],
 )
 

@@ -61,6 +61,8 @@ LATENT_LOSS = OpSpec(
         _case("vits16-224-b2", 2 * 4 * 33, 2 * 196, 384),
     ],
     random_case=_random,
+    gate={torch.bfloat16: [_case(f"d{D}", 64, 64, D, weight=True) for D in (384, 1024, 1280, 1408)],
+          torch.float32: [_case("l1-d1280", 64, 64, 1280, beta=0.0)]},
     bench=[_case("vits16-224-b16", 16 * 4 * 33, 16 * 196, 384),
            _case("vitl16-clip-b2-l1", 2 * 1400, 2 * 1568, 1024, beta=0.0, weight=True)],
 )

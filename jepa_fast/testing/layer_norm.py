@@ -59,12 +59,21 @@ _COMMON = {
     "dtypes": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
 
+
+def _gate(**options):
+    """Rows of the official widths, as a block under autocast has them, and in float32."""
+    wide = ("weight", "bias", "residual")
+    return {torch.bfloat16: [_case(f"d{D}", 64, D, wide=wide, **options) for D in (384, 1024, 1280, 1408, 1664)],
+            torch.float32: [_case("d1280", 64, 1280, **options)]}
+
+
 LAYER_NORM = OpSpec(
-    ops=("layer_norm", "layer_norm_backward"), cases=_cases(), random_case=_random(),
+    ops=("layer_norm", "layer_norm_backward"), cases=_cases(), random_case=_random(), gate=_gate(),
     bench=[_case("vits16-224-b16", 3136, 384, wide=("weight", "bias"))], **_COMMON)
 
 ADD_LAYER_NORM = OpSpec(
     ops=("add_layer_norm", "layer_norm_backward"), cases=_cases(residual=True), random_case=_random(residual=True),
+    gate=_gate(residual=True),
     bench=[_case("vits16-224-b16", 3136, 384, wide=("weight", "bias", "residual"), residual=True)], **_COMMON)
 
 SPECS = [LAYER_NORM, ADD_LAYER_NORM]

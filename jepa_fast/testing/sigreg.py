@@ -77,6 +77,10 @@ SPECS = [OpSpec(
         _case("minimal-4x256x16-256", (4,), 256, 16, 256, reduction="mean"),
         _case("lejepa-8x256x512-1024", (8,), 256, 512, 1024, reduction="mean"),
     ],
+    gate={torch.bfloat16: [_case("minimal", (2,), 128, 16, 256), _case("lewm", (2,), 128, 192, 256),
+                           _case("lejepa", (2,), 128, 512, 256), _case("mask", (2,), 128, 192, 256, mask=0.5),
+                           _case("bcs", (2,), 128, 128, 256, quadrature="bcs")],
+          torch.float32: [_case("lewm", (2,), 128, 192, 256), _case("mask", (2,), 128, 192, 256, mask=0.5)]},
 )]
 
 

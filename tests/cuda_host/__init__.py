@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -22,7 +23,8 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-alias
 
 
 def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++").split()[0])
+    """A C++ compiler for Linux, where the emulator can switch stacks."""
+    return shutil.which(os.environ.get("CXX", "g++").split()[0]) if sys.platform == "linux" else None
 
 
 def build() -> pathlib.Path:

@@ -82,9 +82,10 @@ def _check(pointers, mask, what: str) -> numpy.ndarray:
     shape = numpy.broadcast_shapes(pointers.data.shape, mask.data.shape)
     touched = numpy.broadcast_to(mask.data, shape).astype(bool)
     addresses = numpy.broadcast_to(pointers.data, shape)[touched].astype(numpy.uint64)
-    inside = numpy.zeros(addresses.shape, bool)
-    for low, high in _spans:
-        inside |= (addresses >= low) & (addresses + size <= high)
+    lows, highs = numpy.array(_spans or [(0, 0)], numpy.uint64).T
+    furthest = numpy.maximum.accumulate(highs)  # spans are sorted by where they begin, and may overlap
+    last = numpy.searchsorted(lows, addresses, side="right") - 1
+    inside = (last >= 0) & (addresses + size <= furthest[numpy.maximum(last, 0)])
     if not inside.all():
         bad = int(addresses[~inside][0])
         low, high = min(_spans, key=lambda span: min(abs(bad - span[0]), abs(bad - span[1])), default=(0, 0))
