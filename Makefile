@@ -4,13 +4,15 @@ PYTHON ?= python3
 TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_GPU ?= torch
+# beside a CPU build, for its interpreter and compiler; a CUDA build of torch brings its own
+TRITON_CPU ?= triton==3.7.1
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # with torch's version fixed, nothing that is installed later can replace it
 CONSTRAIN = $(RUN) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test gpu-test lint bench gpu-bench
 
 setup: $(VENV)/.installed
 
@@ -31,6 +33,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test'], sep='\n')" > $(VENV)/test.txt
+	$(RUN) -c "import triton" 2> /dev/null || $(PIP) "$(TRITON_CPU)"
 	$(PIP) -c $(VENV)/constraints.txt --requirement $(VENV)/test.txt
 	touch $@
 
@@ -39,6 +42,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
+
+# on a machine with a GPU, with whatever torch and triton are there: nothing is installed
+gpu-test:
+	JEPA_FAST_CUDA_ARCHS=native $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
+
+gpu-bench:
+	$(PYTHON) -m bench.on_gpu --out bench/results/gpu
 
 lint: $(VENV)/.tested
 	$(RUN) -m ruff check .

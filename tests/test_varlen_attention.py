@@ -120,7 +120,7 @@ def test_automatic_choice_passes_over_what_is_slower(monkeypatch):
     def chosen(N, d, dtype, is_backward=False):
         qkv, cu_seqlens = torch.zeros(2 * N, 3, 1, d, dtype=dtype), ends([N, N])
         out, lse = torch.zeros(2 * N, 1, d, dtype=dtype), torch.zeros(1, 2 * N)
-        args = (out, qkv, out, lse, cu_seqlens, N, 1.0) if is_backward else (qkv, cu_seqlens, N, 1.0)
+        args = (*((out, qkv, out, lse) if is_backward else (qkv,)), cu_seqlens, N, 1.0, None, 0)
         name = "varlen_attention_qkv" + "_backward" * is_backward
         implementation = choose(name, "cpu", args)
         return next(backend for backend, row in ops.TABLE[name].items() if row is implementation)

@@ -1,6 +1,6 @@
 """The ops: one public function each, checked once, differentiable, one node for torch.compile."""
 
-from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, info, use_backend, why_not
+from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, checks_on_device, info, use_backend, why_not
 from .adamw_ema import adamw_ema_
 from .bias_gelu import bias_gelu
 from .directions import directions
@@ -12,6 +12,7 @@ from .sigreg import Quadrature, sigreg
 from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 
-__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "bias_gelu", "directions",
-           "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "scatter_patches", "scatter_tokens",
-           "sigreg", "sigreg_exact", "use_backend", "varlen_attention", "varlen_attention_qkv", "why_not"]
+__all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "bias_gelu", "checks_on_device",
+           "directions", "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss",
+           "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend", "varlen_attention",
+           "varlen_attention_qkv", "why_not"]

@@ -22,6 +22,7 @@ TABLE: dict[str, dict[str, "Implementation | Missing"]] = {}
 
 _LIBRARY = torch.library.Library("jepa_fast", "DEF")
 _EMULATED: dict[str, object] = {}  # "cuda" -> the library that runs csrc/cuda on the host: tests only
+_CHECKED_ON_DEVICE: list[None] = []  # one entry per open checks_on_device()
 _FORCED: list[tuple[str, str | None]] = []  # (backend, op or None for all), innermost last
 
 
@@ -155,8 +156,8 @@ def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = 
            **backends: Implementation | Missing | None) -> str:
     """Register `jepa_fast::<schema>`; returns its qualified name.
 
-    `plain` always exists. `check(*args)` looks at values (index ranges, ...) and raises; it runs on CPU tensors only,
-    since elsewhere it would stop the device.
+    `plain` always exists. `check(*args)` looks at values (index ranges, ...): on CPU tensors it raises; on a device, where
+    that would wait for it, it asserts there, and only within `checks_on_device()`.
     """
     name = schema.split("(")[0]
     unknown = set(backends) - set(BACKENDS)
@@ -168,7 +169,7 @@ def define(schema: str, *, plain: Callable, check: Callable[..., None] | None = 
 
     def run(*args):
         device = next((arg.device.type for arg in _tensors(args)), "cpu")
-        if check is not None and device == "cpu":
+        if check is not None and (device == "cpu" or _CHECKED_ON_DEVICE):
             check(*args)
         function = choose(name, device, args).function
         if torch.is_autocast_enabled(device):  # an op computes in the precision it says, whatever surrounds it
@@ -228,6 +229,20 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
         yield
     finally:
         _FORCED.remove((backend, op))
+
+
+@contextlib.contextmanager
+def checks_on_device() -> Iterator[None]:
+    """Within the block ops check values on a GPU too (index ranges, cu_seqlens), without waiting for it.
+
+    A value that does not fit fails an assertion on the device, which ends its context: for debugging. Elsewhere what an op
+    does with such a value on a GPU is undefined.
+    """
+    _CHECKED_ON_DEVICE.append(None)
+    try:
+        yield
+    finally:
+        _CHECKED_ON_DEVICE.pop()
 
 
 def info(device: str) -> list[tuple[str, str, dict[str, str]]]:

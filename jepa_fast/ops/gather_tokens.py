@@ -10,7 +10,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def _check_range(what: str, index: Tensor, size: int) -> None:
-    if index.numel():
+    if index.device.type != "cpu":
+        torch._assert_async(((index >= 0) & (index < size)).all(), f"{what} must be in [0, {size})")
+    elif index.numel():
         low, high = (int(value) for value in torch.aminmax(index))
         if low < 0 or high >= size:
             raise IndexError(f"{what} must be in [0, {size}), got {low if low < 0 else high}")

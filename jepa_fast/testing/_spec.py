@@ -44,7 +44,8 @@ class OpSpec:
     keep_dtype: tuple[str, ...] = ()          # arguments that stay as made (master weights, optimizer state, shadows)
     copies: bool = False                      # results must be bit-equal to plain, not only within the error rule
     floor: float = 1.0                        # errors below so many roundings count as none; more for differences
-    bench: list[Case] = field(default_factory=list)
+    bench: list[Case] = field(default_factory=list)  # shapes of official runs, to be timed
+    gate: list[Case] = field(default_factory=list)   # small cases that reach every shipped configuration: compiled
 
     @property
     def name(self) -> str:

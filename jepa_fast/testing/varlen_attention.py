@@ -18,26 +18,34 @@ def _numbers(g, lengths, *shape):
     return x.round() if max(lengths, default=0) < 2 else x
 
 
-def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, longer=0):
-    """`logits`: how large; `longer`: what max_seqlen promises too much."""
+def _rotary(g, P, R):
+    """Any two numbers per column: wider than what rotary positions need (equal angles or not, a sign per column)."""
+    return torch.randn(P, 2, R, generator=g)
+
+
+def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, longer=0, R=0, frame_size=0):
+    """`logits`: how large; `longer`: what max_seqlen promises too much; `R`: columns with rotary positions."""
     def make(g):
         k_lengths = lengths if lengths_k is None else lengths_k
         P_q, P_k = sum(lengths), sum(k_lengths)
         arguments = {"q": _numbers(g, k_lengths, P_q, H, d) * logits, "k": _numbers(g, k_lengths, P_k, H, d),
                      "v": _numbers(g, k_lengths, P_k, H, d), "cu_seqlens_q": _ends(lengths),
-                     "max_seqlen_q": max(lengths, default=0) + longer, "scale": scale}
+                     "max_seqlen_q": max(lengths, default=0) + longer, "scale": scale, "frame_size": frame_size}
         if lengths_k is not None:
             arguments |= {"cu_seqlens_k": _ends(lengths_k), "max_seqlen_k": max(lengths_k, default=0) + longer}
+        if R:
+            arguments |= {"rotary_q": _rotary(g, P_q, R), "rotary_k": _rotary(g, P_k, R)}
         return arguments
 
     return Case(name, make)
 
 
-def _attend_qkv(name, H, d, lengths, *, logits=1.0, scale=None):
+def _attend_qkv(name, H, d, lengths, *, logits=1.0, scale=None, R=0, frame_size=0):
     def make(g):
         qkv = _numbers(g, lengths, sum(lengths), 3, H, d)
         qkv[:, 0] *= logits
-        return {"qkv": qkv, "cu_seqlens": _ends(lengths), "max_seqlen": max(lengths, default=0), "scale": scale}
+        return {"qkv": qkv, "cu_seqlens": _ends(lengths), "max_seqlen": max(lengths, default=0), "scale": scale,
+                "rotary": _rotary(g, len(qkv), R) if R else None, "frame_size": frame_size}
 
     return Case(name, make)
 
@@ -52,14 +60,17 @@ def _random(draw):
     S, H, d = draw(0, 4), draw(1, 3), draw(1, 70)
     lengths, is_cross = _random_lengths(draw, S), draw(0, 1) == 1
     lengths_k = _random_lengths(draw, S) if is_cross else None
-    return _attend(f"fuzz-{H}-{d}-{lengths}-{lengths_k}", H, d, lengths, lengths_k, logits=[0.5, 1.0][draw(0, 1)],
-                   longer=draw(0, 5))
+    R, frame_size = draw(0, 1) * 2 * draw(0, d // 2), draw(0, 1) * draw(1, 12)
+    return _attend(f"fuzz-{H}-{d}-{lengths}-{lengths_k}-{R}-{frame_size}", H, d, lengths, lengths_k,
+                   logits=[0.5, 1.0][draw(0, 1)], longer=draw(0, 5), R=R, frame_size=frame_size)
 
 
 def _random_qkv(draw):
     S, H, d = draw(0, 4), draw(1, 3), draw(1, 70)
     lengths = _random_lengths(draw, S)
-    return _attend_qkv(f"fuzz-{H}-{d}-{lengths}", H, d, lengths, logits=[0.5, 1.0][draw(0, 1)])
+    R, frame_size = draw(0, 1) * 2 * draw(0, d // 2), draw(0, 1) * draw(1, 12)
+    return _attend_qkv(f"fuzz-{H}-{d}-{lengths}-{R}-{frame_size}", H, d, lengths, logits=[0.5, 1.0][draw(0, 1)], R=R,
+                       frame_size=frame_size)
 
 
 _RAGGED = [5, 0, 33, 1, 17, 0]
@@ -68,6 +79,7 @@ ATTENTION = OpSpec(
     function=ops.varlen_attention,
     ops=("varlen_attention", "varlen_attention_backward"),
     gradients=("q", "k", "v"),
+    keep_dtype=("rotary_q", "rotary_k"),
     cases=[
         _attend("no-sequences", 2, 8, []),
         _attend("empty-sequences", 2, 8, [0, 0]),
@@ -79,6 +91,11 @@ ATTENTION = OpSpec(
         _attend("cross", 3, 64, [40, 3, 66], [20, 130, 9], longer=10),
         *[_attend(f"ragged-d{d}", 2, d, _RAGGED) for d in (1, 7, 16, 20, 24, 32, 64, 80, 88, 96, 128, 256)],
         _attend("scale", 2, 32, _RAGGED, scale=0.5),
+        *[_attend(f"rotary-d{d}", 2, d, _RAGGED, R=R) for d, R in ((7, 6), (24, 24), (32, 30), (64, 60), (80, 78))],
+        _attend("rotary-cross", 2, 64, [40, 3, 66], [20, 130, 9], R=60),
+        _attend("frames", 2, 32, [40, 12, 0, 7], frame_size=10),
+        _attend("frames-of-a-cache", 2, 32, [20, 5, 30], [50, 5, 12], frame_size=10),
+        _attend("frames-rotary", 1, 64, [135], [270], R=60, frame_size=90),
         _attend("large-logits", 2, 64, [40, 70], logits=30.0),
         _attend("two-tiles", 1, 24, [300], [290]),
         _attend("tiles", 1, 16, [530, 20], [600, 20]),
@@ -95,12 +112,14 @@ ATTENTION_QKV = OpSpec(
     function=ops.varlen_attention_qkv,
     ops=("varlen_attention_qkv", "varlen_attention_qkv_backward"),
     gradients=("qkv",),
+    keep_dtype=("rotary",),
     cases=[
         _attend_qkv("no-sequences", 2, 8, []),
         _attend_qkv("one-token", 1, 1, [1]),
         _attend_qkv("ragged-d24", 3, 24, _RAGGED),
         _attend_qkv("ragged-d64", 2, 64, _RAGGED, scale=0.3),
         _attend_qkv("large-logits", 2, 80, [40, 70], logits=30.0),
+        _attend_qkv("rotary-frames", 2, 80, [40, 70], R=78, frame_size=20),
         _attend_qkv("vits16-224", 6, 64, [196] * 4),
     ],
     random_case=_random_qkv,
