@@ -75,13 +75,14 @@ SPECS = [pytest.param(spec, id=spec.name) for spec in testing.OPS.values() if "c
 
 @needs_compiler
 @pytest.mark.parametrize("spec", SPECS)
-def test_touches_its_tensors_only(spec):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_touches_its_tensors_only(spec, dtype):
     for case in spec.cases:
-        if case.is_large:
+        if case.is_large or dtype not in spec.dtypes:
             continue
-        arguments = testing.make(spec, case, torch.float32)
+        arguments = testing.make(spec, case, dtype)
         try:
-            expected = testing.run(spec, testing.make(spec, case, torch.float32), "cuda")
+            expected = testing.run(spec, testing.make(spec, case, dtype), "cuda")
         except RuntimeError as error:
             assert "asked for, but" in str(error), error
             continue

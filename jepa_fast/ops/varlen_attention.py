@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import varlen_attention as reference
-from ._define import Implementation, Slower, compiled, define
+from ._define import Implementation, Slower, compiled, cuda, define
 from ._torch_attention import backward as _torch_backward
 from ._torch_attention import empty_lse, whole_rows
 from ._torch_attention import forward as _torch
@@ -103,6 +103,58 @@ def _qkv_backward(function):
     return backward
 
 
+# a sequence with more queries than this has its keys turned once, not by every block of queries
+_FEW_QUERIES = 256
+
+
+def _cuda(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k, frame_size):
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), empty_lse(q)
+    if rotary_k is not None and max_seqlen_q > _FEW_QUERIES:
+        k, rotary_k = _turned_by_cuda(raw, k, rotary_k), None
+    raw.varlen_attention_cuda(*map(_aligned_rows, (q, k, v)), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+                              _table(rotary_q), _table(rotary_k), max_seqlen_q, max_seqlen_k, scale, frame_size, out, lse)
+    return out, lse
+
+
+@torch.no_grad()
+def _cuda_backward(raw, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q,
+                   rotary_k, frame_size, into=None):
+    into = into or tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    is_turned = max(max_seqlen_q, max_seqlen_k) > _FEW_QUERIES
+    if is_turned:
+        q, k = (t if rotary is None else _turned_by_cuda(raw, t, rotary) for t, rotary in ((q, rotary_q), (k, rotary_k)))
+    raw.varlen_attention_backward_cuda(
+        *map(_aligned_rows, (grad, q, k, v, out)), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+        _table(rotary_q), _table(rotary_k), is_turned, max_seqlen_q, max_seqlen_k, scale, frame_size,
+        torch.empty(lse.shape, dtype=lse.dtype, device=lse.device), *into)
+    return into
+
+
+def _turned_by_cuda(raw, x: Tensor, rotary: Tensor) -> Tensor:
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    raw.rotate_heads(_aligned_rows(x), _table(rotary), turned)
+    return turned
+
+
+def _table(rotary: Tensor | None) -> Tensor | None:
+    return None if rotary is None or rotary.shape[2] == 0 else rotary.contiguous()
+
+
+def _aligned_rows(t: Tensor) -> Tensor:
+    """Any strides in multiples of 4 elements, but a contiguous last dimension: what the CUDA version reads."""
+    is_aligned = t.stride(-1) == 1 and not any(stride % 4 for stride in t.stride()[:-1]) and t.data_ptr() % 8 == 0
+    return t if is_aligned else t.clone(memory_format=torch.contiguous_format)
+
+
+def _cuda_supports(*args) -> str | None:
+    scale, q = next(arg for arg in args if isinstance(arg, float)), args[0]  # backward: grad, which is as q
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"no CUDA version for {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] % 4 or q.shape[-1] > 128:
+        return f"no CUDA version with head width {q.shape[-1]}, only multiples of 4 up to 128"
+    return None if scale > 0 else f"no CUDA version with scale {scale}, only above 0"
+
+
 def _full_only(*args) -> str | None:
     return f"no version here with frame_size {args[-1]}" if args[-1] else None
 
@@ -133,6 +185,7 @@ def _for_qkv(slower: Slower) -> Slower:
     return Slower(slower.when, holds)
 
 
+_UNMEASURED = Slower("everything, until the CUDA version is measured", lambda *args: True)
 _FORWARD, _BACKWARD = _rotated(_native), _rotated_backward(_native_backward)
 _TORCH, _TORCH_BACKWARD = _rotated(_torch), _rotated_backward(_torch_backward)
 _HOW = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, "
@@ -141,23 +194,28 @@ _HOW_QKV = "Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? rotary, S
 define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention, check=_check_lengths,
        cpp=compiled("varlen_attention", call=_FORWARD, supports=_full_only, slower=_SLOWER),
-       torch=Implementation(_TORCH, ("cpu",), _full_only))
+       torch=Implementation(_TORCH, ("cpu",), _full_only),
+       cuda=cuda("varlen_attention_cuda", call=_cuda, supports=_cuda_supports, slower=_UNMEASURED))
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) "
        "-> (Tensor, Tensor, Tensor)",
        plain=reference.varlen_attention_backward,
        check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest),
        cpp=compiled("varlen_attention_backward", call=_BACKWARD, supports=_full_only, slower=_SLOWER_BACKWARD),
-       torch=Implementation(_TORCH_BACKWARD, ("cpu",), _full_only))
+       torch=Implementation(_TORCH_BACKWARD, ("cpu",), _full_only),
+       cuda=cuda("varlen_attention_backward_cuda", call=_cuda_backward, supports=_cuda_supports, slower=_UNMEASURED))
 define(f"varlen_attention_qkv(Tensor qkv, {_HOW_QKV}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention_qkv, check=_check_qkv,
        cpp=compiled("varlen_attention", call=_qkv_forward(_FORWARD), supports=_full_only, slower=_for_qkv(_SLOWER)),
-       torch=Implementation(_qkv_forward(_TORCH), ("cpu",), _full_only))
+       torch=Implementation(_qkv_forward(_TORCH), ("cpu",), _full_only),
+       cuda=cuda("varlen_attention_cuda", call=_qkv_forward(_cuda), supports=_cuda_supports, slower=_UNMEASURED))
 define(f"varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_HOW_QKV}) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
        check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest),
        cpp=compiled("varlen_attention_backward", call=_qkv_backward(_BACKWARD), supports=_full_only,
                     slower=_for_qkv(_SLOWER_BACKWARD)),
-       torch=Implementation(_qkv_backward(_TORCH_BACKWARD), ("cpu",), _full_only))
+       torch=Implementation(_qkv_backward(_TORCH_BACKWARD), ("cpu",), _full_only),
+       cuda=cuda("varlen_attention_backward_cuda", call=_qkv_backward(_cuda_backward), supports=_cuda_supports,
+                 slower=_UNMEASURED))
 
 
 @torch.library.register_fake("jepa_fast::varlen_attention")

@@ -23,7 +23,8 @@ def _rotary(g, P, R):
     return torch.randn(P, 2, R, generator=g)
 
 
-def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, longer=0, R=0, frame_size=0):
+def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, longer=0, R=0, frame_size=0,
+            is_large=False):
     """`logits`: how large; `longer`: what max_seqlen promises too much; `R`: columns with rotary positions."""
     def make(g):
         k_lengths = lengths if lengths_k is None else lengths_k
@@ -37,17 +38,17 @@ def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, long
             arguments |= {"rotary_q": _rotary(g, P_q, R), "rotary_k": _rotary(g, P_k, R)}
         return arguments
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
-def _attend_qkv(name, H, d, lengths, *, logits=1.0, scale=None, R=0, frame_size=0):
+def _attend_qkv(name, H, d, lengths, *, logits=1.0, scale=None, R=0, frame_size=0, is_large=False):
     def make(g):
         qkv = _numbers(g, lengths, sum(lengths), 3, H, d)
         qkv[:, 0] *= logits
         return {"qkv": qkv, "cu_seqlens": _ends(lengths), "max_seqlen": max(lengths, default=0), "scale": scale,
                 "rotary": _rotary(g, len(qkv), R) if R else None, "frame_size": frame_size}
 
-    return Case(name, make)
+    return Case(name, make, is_large)
 
 
 def _random_lengths(draw, S):
@@ -89,19 +90,21 @@ ATTENTION = OpSpec(
         _attend("no-queries", 2, 16, [7, 0, 4], [5, 6, 2]),
         _attend("one-query", 2, 24, [1, 1], [50, 83]),
         _attend("cross", 3, 64, [40, 3, 66], [20, 130, 9], longer=10),
-        *[_attend(f"ragged-d{d}", 2, d, _RAGGED) for d in (1, 7, 16, 20, 24, 32, 64, 80, 88, 96, 128, 256)],
+        *[_attend(f"ragged-d{d}", 2, d, _RAGGED) for d in (1, 7, 16, 20, 24, 32, 64, 80, 88, 96, 104, 128, 256)],
         _attend("scale", 2, 32, _RAGGED, scale=0.5),
         *[_attend(f"rotary-d{d}", 2, d, _RAGGED, R=R) for d, R in ((7, 6), (24, 24), (32, 30), (64, 60), (80, 78))],
         _attend("rotary-cross", 2, 64, [40, 3, 66], [20, 130, 9], R=60),
+        _attend("rotary-turned-once", 1, 24, [270, 3], R=24),
         _attend("frames", 2, 32, [40, 12, 0, 7], frame_size=10),
         _attend("frames-of-a-cache", 2, 32, [20, 5, 30], [50, 5, 12], frame_size=10),
         _attend("frames-rotary", 1, 64, [135], [270], R=60, frame_size=90),
+        _attend("frames-tiles", 1, 24, [150, 12], [210, 9], frame_size=50),
         _attend("large-logits", 2, 64, [40, 70], logits=30.0),
         _attend("two-tiles", 1, 24, [300], [290]),
-        _attend("tiles", 1, 16, [530, 20], [600, 20]),
-        _attend("ijepa-predictor", 16, 24, [114] * 2),
-        _attend("vits16-224-predictor", 6, 64, [83] * 16),
-        _attend("vits16-224", 6, 64, [196] * 4),
+        _attend("tiles", 1, 16, [530, 20], [600, 20], is_large=True),
+        _attend("ijepa-predictor", 16, 24, [114] * 2, is_large=True),
+        _attend("vits16-224-predictor", 6, 64, [83] * 16, is_large=True),
+        _attend("vits16-224", 6, 64, [196] * 4, is_large=True),
     ],
     random_case=_random,
     floor=2.0,  # g v^T - rowsum(g * out) is a small difference: by chance ours is not always where that of plain is
@@ -120,7 +123,7 @@ ATTENTION_QKV = OpSpec(
         _attend_qkv("ragged-d64", 2, 64, _RAGGED, scale=0.3),
         _attend_qkv("large-logits", 2, 80, [40, 70], logits=30.0),
         _attend_qkv("rotary-frames", 2, 80, [40, 70], R=78, frame_size=20),
-        _attend_qkv("vits16-224", 6, 64, [196] * 4),
+        _attend_qkv("vits16-224", 6, 64, [196] * 4, is_large=True),
     ],
     random_case=_random_qkv,
     floor=2.0,
