@@ -105,6 +105,17 @@ def test_twins_of_tensor_cores(dtype, inner, transposed):
 
 
 @needs_compiler
+def test_polynomial_exp2():
+    x = torch.cat([torch.linspace(-126, 127, 100_001), torch.tensor([-126.0, -127.0, -1e30, -torch.inf])])
+    out = torch.empty_like(x)
+    torch.ops.jepa_fast_cuda_self_test.exp2(x, out)
+    exact = x.double().exp2()
+    assert ((out - exact).abs() <= 1.02e-4 * exact + 2.0**-126).all() and (out[-4:] == 0).all()
+    torch.ops.jepa_fast_cuda_self_test.exp2(torch.tensor([torch.nan, 0.0]), out[:2])
+    assert out[0].isnan() and out[1] == 1
+
+
+@needs_compiler
 @pytest.mark.parametrize("which, message", [
     (0, r"thread 5 of block \(0, 0, 0\) has left the kernel"),
     (1, "threads of a block meet in different places|others that do not come"),

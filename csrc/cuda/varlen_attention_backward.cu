@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(32 * (kAll ? 8 : most_warps(kTiles)), kTiles <
     const PerQuery& per = per_query[stage];
     const bool is_partial = per.visible[0] < first + 16;
     if (!is_idle) {
-#pragma unroll 2
+#pragma unroll 1
       for (int j = 0; j < min(count, kTile); j += 16) {
         float p[2][4], ds[2][4];
         dot_rows(p[0], p[1], k, q, j);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles), kTiles <= 4 ? 2 : 1)
     }
     const Tile k{k_tiles.at(start / kTile % 2 * kTile)}, v{v_tiles.at(start / kTile % 2 * kTile)};
     const bool is_partial = start + kTile > visible_all;
-#pragma unroll 2
+#pragma unroll 1
     for (int j = 0; j < min(visible_any - start, kTile); j += 16) {
       float p[2][4], ds[2][4];
       dot_rows(p[0], p[1], q, k, j);

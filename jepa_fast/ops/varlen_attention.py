@@ -103,16 +103,13 @@ def _qkv_backward(function):
     return backward
 
 
-# a sequence with more queries than this has its keys turned once, not by every block of queries
-_FEW_QUERIES = 256
-
-
 def _cuda(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k, frame_size):
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), empty_lse(q)
-    if rotary_k is not None and max_seqlen_q > _FEW_QUERIES:
-        k, rotary_k = _turned_by_cuda(raw, k, rotary_k), None
+    rotary_q, rotary_k = _table(rotary_q), _table(rotary_k)
+    if max_seqlen_q > _few_rows(q):
+        k, rotary_k = _turned_once(raw, k, rotary_k), None
     raw.varlen_attention_cuda(*map(_aligned_rows, (q, k, v)), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
-                              _table(rotary_q), _table(rotary_k), max_seqlen_q, max_seqlen_k, scale, frame_size, out, lse)
+                              rotary_q, rotary_k, max_seqlen_q, max_seqlen_k, scale, frame_size, out, lse)
     return out, lse
 
 
@@ -120,19 +117,27 @@ def _cuda(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
 def _cuda_backward(raw, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q,
                    rotary_k, frame_size, into=None):
     into = into or tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    is_turned = max(max_seqlen_q, max_seqlen_k) > _FEW_QUERIES
+    rotary_q, rotary_k = _table(rotary_q), _table(rotary_k)
+    is_turned = max(max_seqlen_q, max_seqlen_k) > _few_rows(q)
     if is_turned:
-        q, k = (t if rotary is None else _turned_by_cuda(raw, t, rotary) for t, rotary in ((q, rotary_q), (k, rotary_k)))
+        q, k = _turned_once(raw, q, rotary_q), _turned_once(raw, k, rotary_k)
     raw.varlen_attention_backward_cuda(
         *map(_aligned_rows, (grad, q, k, v, out)), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
-        _table(rotary_q), _table(rotary_k), is_turned, max_seqlen_q, max_seqlen_k, scale, frame_size,
+        rotary_q, rotary_k, is_turned, max_seqlen_q, max_seqlen_k, scale, frame_size,
         torch.empty(lse.shape, dtype=lse.dtype, device=lse.device), *into)
     return into
 
 
-def _turned_by_cuda(raw, x: Tensor, rotary: Tensor) -> Tensor:
+def _few_rows(q: Tensor) -> int:
+    """Two blocks of the CUDA version: in longer sequences rows are turned once, not by every block that reads them."""
+    return 256 if q.shape[2] <= 32 else 128
+
+
+def _turned_once(raw, x: Tensor, rotary: Tensor | None) -> Tensor:
+    if rotary is None:
+        return x
     turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    raw.rotate_heads(_aligned_rows(x), _table(rotary), turned)
+    raw.rotate_heads(_aligned_rows(x), rotary, turned)
     return turned
 
 
