@@ -81,15 +81,13 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles), kTiles <= 4 ? 2 : 1)
     float s[kKeys / 8][4];  // [16, kKeys], and then probabilities
 #pragma unroll
     for (int j = 0; j < kKeys; j += 16)
-      if (j < count) dot_rows(s[j / 8], s[j / 8 + 1], q, k, j);
-    if (start + (count + 15) / 16 * 16 > visible_all) {
+      if (j < count) {
+        dot_rows(s[j / 8], s[j / 8 + 1], q, k, j);
+        if (start + j + 16 <= visible_all) continue;
 #pragma unroll
-      for (int j = 0; j < kKeys; j += 8)
-        if (j / 16 * 16 < count)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (start + j + 2 * t + i % 2 >= visible[i / 2]) s[j / 8][i] = -INFINITY;
-    }
+        for (int i = 0; i < 8; ++i)
+          if (start + j + i / 4 * 8 + 2 * t + i % 2 >= visible[i % 4 / 2]) s[j / 8 + i / 4][i % 4] = -INFINITY;
+      }
     float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -228,9 +228,9 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles), kTiles <= 4 ? 2 : 1)
       grad.load(grad_tile, 16 * warp);
     }
     const Tile k{k_tiles.at(start / kTile % 2 * kTile)}, v{v_tiles.at(start / kTile % 2 * kTile)};
-    const bool is_partial = start + kTile > visible_all;
 #pragma unroll 1
     for (int j = 0; j < min(visible_any - start, kTile); j += 16) {
+      const bool is_partial = start + j + 16 > visible_all;
       float p[2][4], ds[2][4];
       dot_rows(p[0], p[1], q, k, j);
       dot_rows(ds[0], ds[1], grad, v, j);
