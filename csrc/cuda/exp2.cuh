@@ -25,8 +25,8 @@ __device__ inline float max_nan(float a, float b) {  // NaN if one of them is
 #endif
 }
 
-// For x <= 127: x = n + f with n whole and |f| <= 1/2, 2^f by the cubic of least relative error with 2^0 = 1, 1.02e-4 (half a
-// rounding to float16); at most 2^-126 below where x is large and negative, 0 where x <= -126, NaN of NaN.
+// For x <= 127: x = n + f with n whole and |f| <= 1/2, 2^f by the cubic of least relative error with 2^0 = 1, 1.02e-4
+// (a fifth of a rounding to float16), then at most 2^-126 too low: 0 where x <= -126, NaN of NaN.
 __device__ inline float exp2_polynomial(float x) {
   x = max_nan(x, -126.f);
   const float shifted = __fadd_rn(x, 12582912.f);                   // 1.5 * 2^23: n in the low bits

@@ -1,18 +1,20 @@
 // Attention over packed sequences on tensor cores: online softmax (arXiv:2205.14135) with the scores in registers.
 //
-// A block takes one head of one sequence and 16 queries per warp; tiles of 64 keys pass through two buffers in shared memory,
-// one read while the other fills. Where d <= 32 and all keys fit 128, they are one tile and nothing is rescaled. Queries are turned by
-// their rotary positions as they are loaded, keys too where a sequence has few blocks of queries; else `rotate_heads` turns
-// them once into scratch, since the table, 8 R bytes per key, would be read again by every block. Frame-causal tiles
-// that no query of a block sees are never loaded; only those seen in part are masked. Heads of 32 columns and less are
-// bound by the exponential: every fourth tile of 8 scores takes 2^x on the FMA pipes.
+// A block takes one head of one sequence and 16 queries per warp; tiles of 64 keys pass through two buffers in shared
+// memory, one read while the other fills. Where d <= 32 and all keys fit 128, they are one tile and nothing is
+// rescaled. Queries are turned by their rotary positions as they are loaded, keys too where a sequence has few blocks
+// of queries; else `rotate_heads` turns them once into scratch, since the table, 8 R bytes per key, would be read
+// again by every block. Frame-causal tiles that no query of a block sees are never loaded; only what is seen in part is
+// masked. Long sequences with d <= 32 are bound by the exponential: every fourth tile of 8 scores takes 2^x on the FMA
+// pipes.
 //
 // Bytes: q, k, v read and out written, 8 P H d, and 4 P H of lse. FLOPs: 4 H d sum n_q n_k. Exponentials: H sum n_q n_k.
 // On an H200 (4.3 TB/s, 790 TFLOP/s, 3.7e12 exponentials a second):
 //   ijepa-h14-b128 predictor, 512 sequences of 114, 16 heads of 24: 183 MB, 10.2 GFLOP, 0.106e9 exponentials: 43 us
 //   ijepa-h14-b128 target, 128 sequences of 256, 16 heads of 80: 338 MB, 43 GFLOP, 0.134e9 exponentials: 79 us
-// q, k, v, out [P, H, d] bfloat16 or float16, d a multiple of 4 up to 128, any strides in multiples of 4 but a contiguous last
-// dimension, aligned to 8 bytes; lse [H, P] float32 and rotary [P, 2, R] float32 contiguous; scale above 0.
+// q, k, v, out [P, H, d] bfloat16 or float16, d a multiple of 4 up to 128, any strides in multiples of 4 but a
+// contiguous last dimension, aligned to 8 bytes; lse [H, P] float32 and rotary [P, 2, R] float32 contiguous; scale
+// above 0.
 #include "varlen_attention.cuh"
 
 namespace jepa_fast::cuda {
@@ -50,7 +52,8 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles), kTiles <= 4 ? 2 : 1)
   if (begin >= sequence.n_q) return;
   const Tile q_tile{shared_memory<T>()}, k_tiles{q_tile.at(rows)}, v_tiles{k_tiles.at(kStages * kKeys)};
   const auto load_keys = [&](int start) {
-    const int stage = start / kKeys % kStages * kKeys, count = sequence.n_k - start, rows = min((count + 15) / 16 * 16, kKeys);
+    const int stage = start / kKeys % kStages * kKeys, count = sequence.n_k - start;
+    const int rows = min((count + 15) / 16 * 16, kKeys);
     load_rows(Tile{k_tiles.at(stage)}, rows, args.k, at.head, sequence.key + start, count, args.d, args.by_16_bytes,
               args.rotary_k);
     load_rows(Tile{v_tiles.at(stage)}, rows, args.v, at.head, sequence.key + start, count, args.d, args.by_16_bytes);

@@ -1,10 +1,10 @@
-// What the kernels of attention over packed sequences share: rows of a head in shared memory, products of them by a warp.
+// What the kernels of attention share: rows of a head in shared memory, products of them by a warp.
 //
-// A head of width d takes kTiles = ceil(d / 8) tiles of 8 columns: 24 is 16 + 8, never 32. A product over columns runs in
-// steps of 16 (m16n8k16) and, where kTiles is odd, a last one of 8 (m16n8k8). A row in shared memory takes an odd number of
-// 16-byte pieces, so that the 8 rows of a matrix lie in different banks.
-// The scores of 16 rows and 16 columns that a warp has as two accumulators are, once rounded, the left factor of the next
-// product: no score ever goes through memory.
+// A head of width d takes kTiles = ceil(d / 8) tiles of 8 columns: 24 is 16 + 8, never 32. A product over columns runs
+// in steps of 16 (m16n8k16) and, where kTiles is odd, a last one of 8 (m16n8k8). A row in shared memory takes an odd
+// number of 16-byte pieces, so that the 8 rows of a matrix lie in different banks.
+// The scores of 16 rows and 16 columns that a warp has as two accumulators are, once rounded, the left factor of the
+// next product, without a way through memory.
 #pragma once
 
 #include "async_copy.cuh"
@@ -37,7 +37,8 @@ struct Rotary {  // [P, 2, R]; data is null where nothing is turned
 };
 inline Rotary rotary_of(const std::optional<Tensor>& t) { return {pointer<const float>(t), t ? int(t->size(2)) : 0}; }
 
-// x'[c] = x[c] kept[c] + x[c ^ 1] crossed[c] for columns c and c + 1, c even; `kept` begins the table's row; or transposed
+// x'[c] = x[c] kept[c] + x[c ^ 1] crossed[c] for columns c and c + 1, c even, or transposed; `kept` begins the row of
+// the table
 template <bool kTransposed = false>
 __device__ inline void rotate_pair(float& x0, float& x1, const float* kept, int R, int c) {
   const auto k = load<2>(kept + c), s = load<2>(kept + R + c);
@@ -75,8 +76,8 @@ struct Rows {
   __device__ T* at(int row, int tile = 0) const { return data + row * kStride + tile * 8; }
 };
 
-// rows row, row + 1, ... of a head, zero from `count` up to `rows` and beyond column d: on their way when this returns, unless
-// they are turned. In pieces of 16 bytes where all is aligned to that, else of 8: d is a multiple of 4
+// rows row, row + 1, ... of a head, zero from `count` up to `rows` and beyond column d: on their way when this returns,
+// unless they are turned. In pieces of 16 bytes where all is aligned to that, else of 8: d is a multiple of 4
 template <typename T, int kTiles>
 __device__ inline void load_rows(Rows<T, kTiles> to, int rows, const Heads<const T>& x, int h, int64_t row, int count, int d,
                                  bool by_16_bytes, const Rotary& rotary = {}) {

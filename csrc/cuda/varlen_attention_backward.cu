@@ -1,15 +1,18 @@
-// The gradient of attention over packed sequences on tensor cores, from the saved log-sum-exp (arXiv:2205.14135, appendix B).
+// The gradient of attention over packed sequences on tensor cores, from the saved log-sum-exp (arXiv:2205.14135,
+// appendix B).
 //
-// Scores are recomputed, 16 x 16 at a time and in registers; nothing is added by atomics, so two runs are bit-equal. A block of
-// `keys_kernel` has 16 keys of a head per warp and passes over the queries: its scores are transposed, keys by queries, and so
-// are at once the left factors of dv = P^T g and dk = dS^T q. A block of `queries_kernel` has 16 queries per warp and passes
-// over the keys for dq = dS k. Where d <= 64 and all keys fit 128, one block of `keys_kernel` has all of them: dS goes through
-// shared memory to become dq there and then, scores are computed once, and rowsum(grad * out) too is made in the block; else
-// `delta_kernel` makes it. dq and dk pass through the transposed map of their positions as they are stored. Tiles that
-// frame-causal attention does not see are skipped, in part seen ones masked.
+// Scores are recomputed, 16 x 16 at a time and in registers; nothing is added by atomics, so two runs are bit-equal. A
+// block of `keys_kernel` has 16 keys of a head per warp and passes over the queries: its scores are transposed, keys
+// by queries, and so are at once the left factors of dv = P^T g and dk = dS^T q. A block of `queries_kernel` has 16
+// queries per warp and passes over the keys for dq = dS k. Where d <= 64 and all keys fit 128, one block of
+// `keys_kernel` has all of them: dS goes through shared memory to become dq there and then, scores are computed once,
+// and rowsum(grad * out) too is made in the block; else `delta_kernel` makes it. dq and dk pass through the transposed
+// map of their positions as they are stored. Tiles that frame-causal attention does not see are skipped, in part seen
+// ones masked.
 //
-// Bytes: grad, q, k, v, out read and dq, dk, dv written, 16 P H d, and 4 P H of lse. FLOPs: 10 H d sum n_q n_k (14 in two
-// kernels). Exponentials: H sum n_q n_k (twice that). On an H200 (4.3 TB/s, 790 TFLOP/s, 3.7e12 exponentials a second):
+// Bytes: grad, q, k, v, out read and dq, dk, dv written, 16 P H d, and 4 P H of lse. FLOPs: 10 H d sum n_q n_k (14 in
+// two kernels). Exponentials: H sum n_q n_k (twice that). On an H200 (4.3 TB/s, 790 TFLOP/s, 3.7e12 exponentials a
+// second):
 //   ijepa-h14-b128 predictor, 512 sequences of 114, 16 heads of 24: 362 MB, 25.6 GFLOP, 0.106e9 exponentials: 84 us
 //   128 sequences of 256, 16 heads of 80 (the target has no gradient): 673 MB, 150 GFLOP, 0.268e9 exponentials: 190 us
 // grad, q, k, v, out and gradients as in varlen_attention.cu; lse and delta [H, P] float32 contiguous.
@@ -43,12 +46,37 @@ struct PerQuery {
 
 __device__ inline float lse_in_bits(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
 
+template <typename T>
+using Scores = Rows<T, kTile / 8>;  // dS^T, [keys, queries]
+
+// dq = dS k of a tile of queries in place of q, 16 queries and 16 columns at a time
+template <typename T, int kTiles>
+__device__ inline void queries_from_scores(const Backward<T>& args, int64_t row, int count_q, int count_k, Scores<T> ds,
+                                           Rows<T, kTiles> k, Rows<T, kTiles> q) {
+  constexpr int kGroups = kTile / 16, kUnits = kGroups * ((kTiles + 1) / 2);
+  const int lane = int(threadIdx.x) % 32;
+  for (int unit = int(threadIdx.x) / 32; unit < kUnits; unit += int(blockDim.x) / 32) {
+    const int first = unit % kGroups * 16, tile = unit / kGroups * 2;
+    if (first >= count_q) continue;
+    float dq[2][4];
+    set_zero(dq);
+    for (int j = 0; j < count_k; j += 16) {
+      uint32_t left[4], right[4];
+      load_matrices<4, true>(left, ds.at(j + lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2));
+      load_matrices<4, true>(right, k.at(j + lane % 16, min(tile + lane / 16, kTiles - 1)));
+      mma_16x8x16<T>(dq[0], left, {right[0], right[1]});
+      mma_16x8x16<T>(dq[1], left, {right[2], right[3]});
+    }
+    turn_back(dq, args.scale, args.turned_q, row + first, count_q - first, tile);
+    put_rows(q, first, dq, tile);
+  }
+}
+
 template <typename T, int kTiles, bool kAll>
 __global__ void __launch_bounds__(32 * (kAll ? 8 : most_warps(kTiles)), kTiles <= 4 ? 2 : 1)
     keys_kernel(const __grid_constant__ Backward<T> args) {
   constexpr int kStages = kAll ? 1 : 2;
   using Tile = Rows<T, kTiles>;
-  using Scores = Rows<T, kTile / 8>;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int rows = int(blockDim.x) / 2;
   const BlockOf at(args.H, args.num_blocks);
@@ -58,7 +86,7 @@ __global__ void __launch_bounds__(32 * (kAll ? 8 : most_warps(kTiles)), kTiles <
   const Tile k_tile{shared_memory<T>()}, v_tile{k_tile.at(rows)}, q_tiles{v_tile.at(rows)},
       grad_tiles{q_tiles.at(kStages * kTile)};
   auto* per_query = reinterpret_cast<PerQuery*>(grad_tiles.at(kStages * kTile));
-  const Scores ds_rows{reinterpret_cast<T*>(per_query + kStages)};  // [keys, queries], where kAll
+  const Scores<T> ds_rows{reinterpret_cast<T*>(per_query + kStages)};  // where kAll: as many rows as keys
   const int first_query = kAll ? 0 : sequence.first_query(begin);
   const auto stage_of = [&](int start) { return (start - first_query) / kTile % kStages; };
   const auto load_queries = [&](int start) {
@@ -83,6 +111,7 @@ __global__ void __launch_bounds__(32 * (kAll ? 8 : most_warps(kTiles)), kTiles <
   };
   load_rows(k_tile, rows, args.k, at.head, sequence.key + begin, count_k, args.d, args.by_16_bytes, args.rotary_k);
   load_rows(v_tile, rows, args.v, at.head, sequence.key + begin, count_k, args.d, args.by_16_bytes);
+  async_copy_commit();
   if (first_query < sequence.n_q) load_queries(first_query);
 
   // of this warp, whose lanes have keys first + g and first + g + 8 of the sequence
@@ -139,23 +168,7 @@ __global__ void __launch_bounds__(32 * (kAll ? 8 : most_warps(kTiles)), kTiles <
     }
     __syncthreads();  // all have read the queries; kAll: dS is there
     if constexpr (kAll) {
-      // 16 queries and 16 columns of dq at a time, into the place of q
-      constexpr int kPairs = (kTiles + 1) / 2;
-      for (int unit = warp; unit < kTile / 16 * kPairs; unit += rows / 16) {
-        const int queries = unit % (kTile / 16) * 16, tile = unit / (kTile / 16) * 2;
-        if (queries >= count) continue;
-        float dq[2][4];
-        set_zero(dq);
-        for (int j = 0; j < count_k; j += 16) {
-          uint32_t left[4], right[4];
-          load_matrices<4, true>(left, ds_rows.at(j + lane / 16 * 8 + lane % 8, queries / 8 + lane / 8 % 2));
-          load_matrices<4, true>(right, k_tile.at(j + lane % 16, min(tile + lane / 16, kTiles - 1)));
-          mma_16x8x16<T>(dq[0], left, {right[0], right[1]});
-          mma_16x8x16<T>(dq[1], left, {right[2], right[3]});
-        }
-        turn_back(dq, args.scale, args.turned_q, sequence.query + start + queries, count - queries, tile);
-        put_rows(q, queries, dq, tile);
-      }
+      queries_from_scores<T, kTiles>(args, sequence.query + start, count, count_k, ds_rows, k_tile, q);
       __syncthreads();
       store_rows(args.dq, at.head, sequence.query + start, min(count, kTile), args.d, args.by_16_bytes, q,
                  int(threadIdx.x), int(blockDim.x));
@@ -270,7 +283,7 @@ void launch_keys(Backward<T> args, int64_t max_seqlen_k, int64_t sequences, cuda
   const int warps = num_warps(max_seqlen_k, kAll ? 8 : most_warps(kTiles)), stages = kAll ? 1 : 2;
   args.num_blocks = kAll ? 1 : int(ceil_div(max_seqlen_k, 16 * warps));
   const size_t elements = (32 * warps + 2 * stages * kTile) * Rows<T, kTiles>::kStride +
-                          (kAll ? 16 * warps * Rows<T, kTile / 8>::kStride : 0);
+                          (kAll ? 16 * warps * Scores<T>::kStride : 0);
   launch(keys_kernel<T, kTiles, kAll>, num_blocks(sequences, args.H, args.num_blocks), dim3(unsigned(32 * warps)),
          elements * sizeof(T) + stages * sizeof(PerQuery), stream, args);
 }
