@@ -60,6 +60,7 @@ __device__ inline void queries_from_scores(const Backward<T>& args, int64_t row,
     if (first >= count_q) continue;
     float dq[2][4];
     set_zero(dq);
+#pragma unroll 2
     for (int j = 0; j < count_k; j += 16) {
       uint32_t left[4], right[4];
       load_matrices<4, true>(left, ds.at(j + lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2));
