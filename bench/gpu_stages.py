@@ -205,9 +205,14 @@ def sanitized(arguments: argparse.Namespace) -> None:
     """Small cases of every CUDA op, for a checker that watches."""
     for spec in testing.OPS.values():
         if "cuda" in spec.backends("cuda"):
-            for case in [case for case in spec.cases if not case.is_large][:4]:
+            small = [case for case in spec.cases if not case.is_large]
+            for case in small[:4] + small[4:][-4:]:
                 for dtype in (torch.float32, torch.bfloat16):
-                    testing.run(spec, testing.make(spec, case, dtype, "cuda"), "cuda")
+                    try:
+                        testing.run(spec, testing.make(spec, case, dtype, "cuda"), "cuda")
+                    except RuntimeError as error:
+                        if "asked for, but" not in str(error):
+                            raise
     torch.cuda.synchronize()
 
 

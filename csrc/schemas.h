@@ -17,6 +17,15 @@ void define_ops(Library& m) {
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  // the same in CUDA: cu_seqlens on the device, rotary [P, 2, R] float32; delta [H, P] float32 is scratch
+  m.def("varlen_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rotary_q, "
+        "Tensor? rotary_k, int max_seqlen_q, int max_seqlen_k, float scale, int frame_size, Tensor(a!) out, "
+        "Tensor(b!) lse) -> ()");
+  m.def("varlen_attention_backward_cuda(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rotary_q, Tensor? rotary_k, bool is_turned, int max_seqlen_q, "
+        "int max_seqlen_k, float scale, int frame_size, Tensor(a!) delta, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv) "
+        "-> ()");
+  m.def("rotate_heads(Tensor x, Tensor rotary, Tensor(a!) out) -> ()");
   m.def("ema_update_(Tensor(a!)[] target, Tensor[] source, float momentum) -> ()");
   m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
         "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, float[] lr, float[] weight_decay, "

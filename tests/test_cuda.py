@@ -105,13 +105,14 @@ SPECS = [pytest.param(spec, id=spec.name) for spec in testing.OPS.values() if "c
 
 @needs_compiler
 @pytest.mark.parametrize("spec", SPECS)
-def test_touches_its_tensors_only(spec):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_touches_its_tensors_only(spec, dtype):
     for case in spec.cases:
-        if case.is_large:
+        if case.is_large or dtype not in spec.dtypes:
             continue
-        arguments = testing.make(spec, case, torch.float32)
+        arguments = testing.make(spec, case, dtype)
         try:
-            expected = testing.run(spec, testing.make(spec, case, torch.float32), "cuda")
+            expected = testing.run(spec, testing.make(spec, case, dtype), "cuda")
         except RuntimeError as error:
             assert "asked for, but" in str(error), error
             continue
@@ -156,6 +157,17 @@ def test_twins_of_tensor_cores(dtype, inner, transposed):
     out = torch.full((16, 8), torch.nan)
     torch.ops.jepa_fast_cuda_self_test.product(a, b, transposed, out)
     torch.testing.assert_close(out, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_polynomial_exp2():
+    x = torch.cat([torch.linspace(-126, 127, 100_001), torch.tensor([-126.0, -127.0, -1e30, -torch.inf])])
+    out = torch.empty_like(x)
+    torch.ops.jepa_fast_cuda_self_test.exp2(x, out)
+    exact = x.double().exp2()
+    assert ((out - exact).abs() <= 1.02e-4 * exact + 2.0**-126).all() and (out[-4:] == 0).all()
+    torch.ops.jepa_fast_cuda_self_test.exp2(torch.tensor([torch.nan, 0.0]), out[:2])
+    assert out[0].isnan() and out[1] == 1
 
 
 @needs_compiler

@@ -95,6 +95,44 @@ def test_nan_stays_in_its_sequence(backend):
     assert torch.equal(out.isnan().all(-1), is_bad) and torch.equal(out.isnan().any(-1), is_bad)
 
 
+needs_cuda = pytest.mark.skipif(ops.why_not(ops.TABLE["varlen_attention"]["cuda"], "cpu") is not None,
+                                reason="no C++ compiler, or a GPU: csrc/cuda is not run on the host")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("d", [4, 12, 24, 40, 72, 88, 104, 116])
+def test_cuda_matches_sdpa(dtype, tolerance, d):
+    """Widths that are rounded up to those compiled, one packed dqkv, and q, k, v that are not aligned to 16 bytes."""
+    qkv, grad = torch.stack(draw(sum(LENGTHS), 3, d, 3, seed=1), 1), draw(sum(LENGTHS), 3, d, 1, seed=2)[0]
+    qkv, grad = qkv.to(dtype).requires_grad_(), grad.to(dtype)
+    exact = qkv.detach().double().requires_grad_()
+    expected = sdpa_per_sequence(*exact.unbind(1), LENGTHS, LENGTHS, d ** -0.5)
+    expected_grad, = torch.autograd.grad(expected, exact, grad.double())
+    room = torch.zeros(qkv.shape[0], 3, 3, d + 4, dtype=dtype)
+    room[..., 2:-2] = qkv.detach()
+    shifted = room[..., 2:-2].requires_grad_()
+    with ops.use_backend("cuda"):
+        out = ops.varlen_attention_qkv(qkv, ends(LENGTHS), 130)
+        dqkv, = torch.autograd.grad(out, qkv, grad)
+        again = ops.varlen_attention_qkv(shifted, ends(LENGTHS), 130)
+    assert relative(out, expected) < tolerance and relative(dqkv, expected_grad) < tolerance
+    assert torch.equal(again, out)
+
+
+@needs_cuda
+@pytest.mark.parametrize("d", [24, 80])
+def test_cuda_keeps_nan_in_its_sequence(d):
+    for key in (20, 33, 45):  # with d <= 32, the exponential of the last one is a polynomial
+        qkv = torch.stack(draw(60, 2, d, 3, seed=6), 1).bfloat16()
+        qkv[key, 1, 0, 3] = float("nan")
+        with ops.use_backend("cuda"):
+            out = ops.varlen_attention_qkv(qkv, ends([20, 30, 10]), 30)
+        is_bad = torch.zeros(60, 2, dtype=torch.bool)
+        is_bad[20:50, 0] = True
+        assert torch.equal(out.isnan().all(-1), is_bad) and torch.equal(out.isnan().any(-1), is_bad)
+
+
 @pytest.mark.skipif(ops.COMPILED_MISSING is not None, reason=str(ops.COMPILED_MISSING))
 def test_bits_do_not_depend_on_the_number_of_threads():
     qkv = torch.stack(draw(sum(LENGTHS) + 600, 4, 64, 3, seed=7), 1).requires_grad_()

@@ -5,8 +5,18 @@
 
 namespace jepa_fast::cuda {
 
-// 16 bytes, both sides aligned to 16; zeros where there is nothing to read (`from` must be a valid address all the same)
-__device__ inline void async_copy_16(void* shared, const void* from, bool is_there = true) {
+// 8 bytes, both sides aligned to 8; zeros where there is nothing to read (`from` must be a valid address all the same)
+__device__ inline void async_copy_8(void* shared, const void* from, bool is_there = true) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+               "l"(from), "r"(is_there ? 8 : 0)
+               : "memory");
+#else
+  cuda_host::async_copy(shared, from, is_there ? 8 : 0, is_there ? 0 : 8);
+#endif
+}
+
+__device__ inline void async_copy_16(void* shared, const void* from, bool is_there = true) {  // 16, as above
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
                "l"(from), "r"(is_there ? 16 : 0)

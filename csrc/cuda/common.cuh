@@ -2,7 +2,7 @@
 // bytes.
 //
 // The same files compile as plain C++ for the host, against tests/cuda_host/include: what differs stands behind
-// __CUDACC__, here, in async_copy.cuh and in mma.cuh only.
+// __CUDACC__, here, in async_copy.cuh, exp2.cuh and mma.cuh only.
 #pragma once
 
 #include "../common.h"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..reference import varlen_attention as reference
 from . import _attention_peers as peers
-from ._define import Slower, compiled, define, triton
+from ._define import Slower, compiled, cuda, define, triton
 from ._torch_attention import empty_lse, whole_rows
 
 _MAX_HEAD_DIM = 256
@@ -102,6 +102,63 @@ def _qkv_backward(function):
     return backward
 
 
+def _cuda(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q, rotary_k, frame_size):
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), empty_lse(q)
+    rotary_q, rotary_k = _table(rotary_q), _table(rotary_k)
+    if max_seqlen_q > _few_rows(q):
+        k, rotary_k = _turned_once(raw, k, rotary_k), None
+    raw.varlen_attention_cuda(*map(_aligned_rows, (q, k, v)), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+                              rotary_q, rotary_k, max_seqlen_q, max_seqlen_k, scale, frame_size, out, lse)
+    return out, lse
+
+
+@torch.no_grad()
+def _cuda_backward(raw, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, rotary_q,
+                   rotary_k, frame_size, into=None):
+    into = into or tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    rotary_q, rotary_k = _table(rotary_q), _table(rotary_k)
+    is_turned = max(max_seqlen_q, max_seqlen_k) > _few_rows(q)
+    if is_turned:
+        q, k = _turned_once(raw, q, rotary_q), _turned_once(raw, k, rotary_k)
+    raw.varlen_attention_backward_cuda(
+        *map(_aligned_rows, (grad, q, k, v, out)), lse.contiguous(), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+        rotary_q, rotary_k, is_turned, max_seqlen_q, max_seqlen_k, scale, frame_size,
+        torch.empty(lse.shape, dtype=lse.dtype, device=lse.device), *into)
+    return into
+
+
+def _few_rows(q: Tensor) -> int:
+    """Two blocks of the CUDA version: in longer sequences rows are turned once, not by every block that reads them."""
+    return 256 if q.shape[2] <= 32 else 128
+
+
+def _turned_once(raw, x: Tensor, rotary: Tensor | None) -> Tensor:
+    if rotary is None:
+        return x
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    raw.rotate_heads(_aligned_rows(x), rotary, turned)
+    return turned
+
+
+def _table(rotary: Tensor | None) -> Tensor | None:
+    return None if rotary is None or rotary.shape[2] == 0 else rotary.contiguous()
+
+
+def _aligned_rows(t: Tensor) -> Tensor:
+    """Any strides in multiples of 4 elements, but a contiguous last dimension: what the CUDA version reads."""
+    is_aligned = t.stride(-1) == 1 and not any(stride % 4 for stride in t.stride()[:-1]) and t.data_ptr() % 8 == 0
+    return t if is_aligned else t.clone(memory_format=torch.contiguous_format)
+
+
+def _cuda_supports(*args) -> str | None:
+    scale, q = next(arg for arg in args if isinstance(arg, float)), args[0]  # backward: grad, which is as q
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"no CUDA version for {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] % 4 or q.shape[-1] > 128:
+        return f"no CUDA version with head width {q.shape[-1]}, only multiples of 4 up to 128"
+    return None if scale > 0 else f"no CUDA version with scale {scale}, only above 0"
+
+
 def _full_only(*args) -> str | None:
     return f"no version here with frame_size {args[-1]}" if args[-1] else None
 
@@ -137,6 +194,7 @@ def _for_qkv(slower: Slower) -> Slower:
     return Slower(slower.when, holds)
 
 
+_UNMEASURED = Slower("not timed against Triton's", lambda *args: True, always=("cuda",))
 _FORWARD, _BACKWARD = _rotated(_native), _rotated_backward(_native_backward)
 _HOW = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, "
         "Tensor? rotary_q, Tensor? rotary_k, SymInt frame_size")
@@ -145,26 +203,31 @@ define(f"varlen_attention(Tensor q, Tensor k, Tensor v, {_HOW}) -> (Tensor, Tens
        plain=reference.varlen_attention, check=_check_lengths,
        cpp=compiled("varlen_attention", call=_FORWARD, supports=_full_only, slower=_SLOWER),
        **peers.backends(_rotated, is_backward=False),
-       triton=triton("varlen_attention", supports=_positive_scale))
+       triton=triton("varlen_attention", supports=_positive_scale),
+       cuda=cuda("varlen_attention_cuda", call=_cuda, supports=_cuda_supports, slower=_UNMEASURED))
 define(f"varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HOW}) "
        "-> (Tensor, Tensor, Tensor)",
        plain=reference.varlen_attention_backward,
        check=lambda grad, q, k, v, out, lse, *rest: _check_lengths(q, k, v, *rest),
        cpp=compiled("varlen_attention_backward", call=_BACKWARD, supports=_full_only, slower=_SLOWER_BACKWARD),
        **peers.backends(_rotated_backward, is_backward=True),
-       triton=triton("varlen_attention_backward", supports=_positive_scale))
+       triton=triton("varlen_attention_backward", supports=_positive_scale),
+       cuda=cuda("varlen_attention_backward_cuda", call=_cuda_backward, supports=_cuda_supports, slower=_UNMEASURED))
 define(f"varlen_attention_qkv(Tensor qkv, {_HOW_QKV}) -> (Tensor, Tensor)",
        plain=reference.varlen_attention_qkv, check=_check_qkv,
        cpp=compiled("varlen_attention", call=_qkv_forward(_FORWARD), supports=_full_only, slower=_for_qkv(_SLOWER)),
        **peers.backends(lambda function: _qkv_forward(_rotated(function)), is_backward=False),
-       triton=triton("varlen_attention.varlen_attention_qkv", supports=_positive_scale))
+       triton=triton("varlen_attention.varlen_attention_qkv", supports=_positive_scale),
+       cuda=cuda("varlen_attention_cuda", call=_qkv_forward(_cuda), supports=_cuda_supports, slower=_UNMEASURED))
 define(f"varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_HOW_QKV}) -> Tensor",
        plain=reference.varlen_attention_qkv_backward,
        check=lambda grad, qkv, out, lse, *rest: _check_qkv(qkv, *rest),
        cpp=compiled("varlen_attention_backward", call=_qkv_backward(_BACKWARD), supports=_full_only,
                     slower=_for_qkv(_SLOWER_BACKWARD)),
        **peers.backends(lambda function: _qkv_backward(_rotated_backward(function)), is_backward=True),
-       triton=triton("varlen_attention_backward.varlen_attention_qkv_backward", supports=_positive_scale))
+       triton=triton("varlen_attention_backward.varlen_attention_qkv_backward", supports=_positive_scale),
+       cuda=cuda("varlen_attention_backward_cuda", call=_qkv_backward(_cuda_backward), supports=_cuda_supports,
+                 slower=_UNMEASURED))
 
 
 @torch.library.register_fake("jepa_fast::varlen_attention")

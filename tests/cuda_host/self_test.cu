@@ -1,5 +1,6 @@
 // Small kernels that try the emulator itself: what it must compute, and mistakes it must find.
 #include "cuda/async_copy.cuh"
+#include "cuda/exp2.cuh"
 #include "cuda/mma.cuh"
 
 namespace jepa_fast::cuda {
@@ -72,6 +73,10 @@ __global__ void warp_kernel(const int* in, int* out) {
   for (int k = 0; k < 12; ++k) out[k * int(blockDim.x) + i] = values[k];
 }
 
+__global__ void exp2_kernel(const float* x, float* out, int n) {
+  for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) out[i] = exp2_polynomial(x[i]);
+}
+
 template <typename T>
 void run_product(const Tensor& a, const Tensor& b, bool transposed, Tensor& out, cudaStream_t stream) {
   const auto *pa = static_cast<const T*>(a.data_ptr()), *pb = static_cast<const T*>(b.data_ptr());
@@ -94,6 +99,10 @@ void mistake(int64_t which, Tensor out) {
   launch(mistake_kernel, 1, dim3(unsigned(out.numel())), size_t(out.numel() * 4), device.stream, int(which),
          out.mutable_data_ptr<float>());
 }
+void exp2(const Tensor& x, Tensor out) {
+  const OnDevice device(x);
+  launch(exp2_kernel, 1, 32, 0, device.stream, x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), int(x.numel()));
+}
 void race(int64_t shift, bool has_barrier, Tensor out) {
   const OnDevice device(out);
   launch(race_kernel, dim3(unsigned(out.numel() / 64)), 64, 0, device.stream, int(shift), has_barrier,
@@ -110,6 +119,7 @@ void warps(const Tensor& in, Tensor out) {
 STABLE_TORCH_LIBRARY(jepa_fast_cuda_self_test, m) {
   m.def("product(Tensor a, Tensor b, bool transposed, Tensor(a!) out) -> ()");
   m.def("mistake(int which, Tensor(a!) out) -> ()");
+  m.def("exp2(Tensor x, Tensor(a!) out) -> ()");
   m.def("race(int shift, bool has_barrier, Tensor(a!) out) -> ()");
   m.def("warps(Tensor x, Tensor(a!) out) -> ()");
 }
@@ -117,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(jepa_fast_cuda_self_test, JEPA_FAST_CUDA_KEY, m) {
   using namespace jepa_fast::cuda;
   m.impl("product", TORCH_BOX(&product));
   m.impl("mistake", TORCH_BOX(&mistake));
+  m.impl("exp2", TORCH_BOX(&jepa_fast::cuda::exp2));
   m.impl("race", TORCH_BOX(&race));
   m.impl("warps", TORCH_BOX(&warps));
 }
