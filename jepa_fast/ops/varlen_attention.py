@@ -115,10 +115,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_
                      frame_size: int = 0) -> Tensor:
     """Softmax attention within each of S packed sequences: row i of q attends to every row of k of its sequence.
 
-    q [P_q, H, d], k, v [P_k, H, d] floating point with d <= 256 -> [P_q, H, d]. Any strides; a copy is made only
-    where the last dimension is not contiguous (on a GPU also where the others are no whole heads). cu_seqlens_q, cu_seqlens_k [S + 1] int32: sequence s owns rows cu_seqlens[s] up to
-    cu_seqlens[s + 1]; it may be empty. cu_seqlens_k and max_seqlen_k are those of q where not given. max_seqlen_q,
-    max_seqlen_k: at least the longest sequence. scale: d ** -0.5 where not given. Queries without keys give 0.
+    q [P_q, H, d], k, v [P_k, H, d] floating point with d <= 256 -> [P_q, H, d]. Any strides; copied only where the last
+    dimension is not contiguous (on a GPU also where the other strides are no whole heads). cu_seqlens_q, cu_seqlens_k
+    [S + 1] int32: sequence s owns rows cu_seqlens[s] up to cu_seqlens[s + 1]; it may be empty. cu_seqlens_k and
+    max_seqlen_k are those of q where not given. max_seqlen_q, max_seqlen_k: at least the longest sequence. scale:
+    d ** -0.5 where not given. Queries without keys give 0.
 
     rotary_q [P_q, 2, R], rotary_k [P_k, 2, R] float32, R even: rotary positions from `nn.rotary_table`, applied to q and
     k (not rounded before the product in plain, rounded to their dtype elsewhere, as the official code does). Constants.
