@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # come with triton
 SHARED_KIB = {80: 163, 90: 227, 100: 227}                     # the most that one block may have
 REGISTERS = 65536                                             # of a multiprocessor
+TENSOR_MEMORY = 512                                           # columns of a multiprocessor, sm_100
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "IMMA")
 
 
@@ -32,6 +33,7 @@ class Resources:
     registers: int           # per thread
     spill_bytes: int         # per thread
     shared_bytes: int        # per block
+    tensor_memory: int       # columns per block, sm_100
     num_warps: int
     num_stages: int
     tensor_core: int         # instructions in the disassembly
@@ -47,6 +49,8 @@ class Resources:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, sm_{self.arch} has {SHARED_KIB[self.arch]} KiB")
         if self.registers * 32 * self.num_warps > REGISTERS:
             found.append(f"needs {self.registers * 32 * self.num_warps} registers per block, there are {REGISTERS}")
+        if self.tensor_memory > TENSOR_MEMORY:
+            found.append(f"needs {self.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY}")
         if self.wants_tensor_core and not self.tensor_core:
             found.append("multiplies half precision without tensor cores")
         if self.is_exact and self.tensor_core:
@@ -128,7 +132,8 @@ def resources(name: str, kernel, arch: int) -> Resources:
     registers, stack = (int(re.search(key + r":(\d+)", usage).group(1)) for key in ("REG", "STACK"))
     return Resources(
         kernel=name, arch=arch, registers=registers, spill_bytes=_spill_bytes(kernel, arch) if stack else 0,
-        shared_bytes=kernel.metadata.shared, num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages,
+        shared_bytes=kernel.metadata.shared, tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
+        num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages,
         tensor_core=sum(len(re.findall(rf"\b{name}\b", sass)) for name in TENSOR_CORE),
         wants_tensor_core=any(re.search(r"(?:bf16|f16)> \*", line) for line in products),
         is_exact=bool(products) and all(re.search(r"f32> \*", line) and "tf32" not in line for line in products))
