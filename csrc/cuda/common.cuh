@@ -14,6 +14,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <type_traits>
 
 #ifndef JEPA_FAST_CUDA_LIBRARY
 #define JEPA_FAST_CUDA_LIBRARY jepa_fast_C
@@ -96,6 +97,17 @@ bool by_packs(int64_t D, std::initializer_list<const void*> pointers) {
   return all;
 }
 
+// call(width): of rows of D values in types A and B that begin at these addresses, as many values are read at once as are
+// 16 bytes of the wider type, or one where that does not fit
+template <typename A, typename B, typename Call>
+void by_width(int64_t D, std::initializer_list<const void*> pointers, Call call) {
+  constexpr int n = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+  bool fits = D % n == 0;
+  for (const void* p : pointers) fits = fits && is_aligned(p, 16);
+  if (fits) call(std::integral_constant<int, n>());
+  else call(std::integral_constant<int, 1>());
+}
+
 template <typename T>
 T* pointer(const std::optional<Tensor>& t) { return t ? static_cast<T*>(t->data_ptr()) : nullptr; }
 
@@ -117,6 +129,13 @@ __device__ inline float to_float(half x) { return __half2float(x); }
 __device__ inline void from_float(float* p, float x) { *p = x; }
 __device__ inline void from_float(bf16* p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ inline void from_float(half* p, float x) { *p = __float2half_rn(x); }
+
+template <typename T>
+__device__ inline float rounded(float x) {  // to the precision of T
+  T y;
+  from_float(&y, x);
+  return to_float(y);
+}
 
 template <typename T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {  // n values that are loaded and stored at once
