@@ -42,6 +42,7 @@ define("adamw_ema_scalars_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp
        "Tensor(d!)[] average, Tensor(e!)[] shadow, Tensor(f!)[] average_shadow, Tensor scalars, float beta1, "
        "float beta2, float eps, Tensor? grad_scale) -> ()",
        plain=reference.adamw_ema_scalars_, cpp=Missing("the CPU has no graphs to replay: use adamw_ema_"),
+       triton=triton("adamw_ema.adamw_ema_scalars_", supports=_supports),
        cuda=cuda("adamw_ema_scalars_", call=_scalars_native, supports=_supports))
 
 
@@ -93,7 +94,8 @@ def adamw_ema_scalars_(params: list[Tensor], grads: list[Tensor], exp_avg: list[
     """`adamw_ema_` with what changes from step to step read from a tensor: what a CUDA graph can capture and replay.
 
     scalars [len(params), 5] float32 on the device of params, as `adamw_ema_scalars` makes it on the CPU: capture once,
-    then before each replay copy the new ones into the same memory. Nothing is read on the host.
+    then before each replay copy the new ones into the same memory. Nothing is read on the host. Triton must have been
+    called with the same lists before the capture (RuntimeError).
     """
     _check_lists(params, grads, exp_avg, exp_avg_sq, average, shadow, average_shadow)
     if scalars.shape != (len(params), 5) or scalars.dtype not in MASTER_DTYPES:
