@@ -97,14 +97,11 @@ bool by_packs(int64_t D, std::initializer_list<const void*> pointers) {
   return all;
 }
 
-// call(width): of rows of D values in types A and B that begin at these addresses, as many values are read at once as are
-// 16 bytes of the wider type, or one where that does not fit
+// call(width) with as many values as are read at once from rows of D values in types A and B that begin at these addresses
 template <typename A, typename B, typename Call>
 void by_width(int64_t D, std::initializer_list<const void*> pointers, Call call) {
-  constexpr int n = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
-  bool fits = D % n == 0;
-  for (const void* p : pointers) fits = fits && is_aligned(p, 16);
-  if (fits) call(std::integral_constant<int, n>());
+  using Wider = std::conditional_t<(sizeof(A) > sizeof(B)), A, B>;
+  if (by_packs<Wider>(D, pointers)) call(std::integral_constant<int, 16 / sizeof(Wider)>());
   else call(std::integral_constant<int, 1>());
 }
 
