@@ -46,6 +46,16 @@ void define_ops(Library& m) {
   m.def("philox_words(Tensor step, int seed, int first, Tensor(a!) words) -> ()");
   m.def("bias_gelu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) grad_bias) -> ()");
+  // CUDA only, as what follows: rows [P, D]; residual and summed, grad_summed and grad_x are of the stream, see
+  // csrc/cuda/layer_norm.cu
+  m.def("layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, "
+        "Tensor(b!)? summed, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+  m.def("layer_norm_backward(Tensor grad, Tensor? grad_summed, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+        "Tensor(a!) grad_x, Tensor(b!)? grad_branch, Tensor(c!)? grad_affine) -> ()");
+  m.def("assemble_predictor_input(Tensor context, Tensor mask_token, Tensor index, Tensor positions, "
+        "Tensor position_index, Tensor(a!) out) -> ()");
+  m.def("assemble_predictor_input_backward(Tensor grad, Tensor index, Tensor(a!) grad_context, "
+        "Tensor(b!) grad_mask_token) -> ()");
 }
 
 }  // namespace jepa_fast

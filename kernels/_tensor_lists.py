@@ -35,8 +35,15 @@ def address(entry_ptr, num_tensors, COLUMN: tl.constexpr, DTYPE: tl.constexpr, I
     return pointer
 
 
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def to_device(values, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers from the host, without waiting for the device."""
+    """Numbers from the host, without waiting for the device; a CUDA graph would copy from memory that is long gone."""
+    if is_capturing(device):
+        raise RuntimeError("what a CUDA graph captures must be adamw_ema_scalars_, whose numbers are on the device, "
+                           "with lists that it was called with before the capture")
     values = torch.as_tensor(values, dtype=dtype)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gather_tokens import scatter_tokens
+
 
 @triton.jit
 def assemble_predictor_input_kernel(context_ptr, mask_token_ptr, index_ptr, positions_ptr, position_index_ptr, out_ptr,
@@ -43,3 +45,10 @@ def assemble_predictor_input(context: Tensor, mask_token: Tensor, index: Tensor,
             context, mask_token, index, positions, position_index, out, context.shape[0], P, D,
             BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4)
     return out
+
+
+def assemble_predictor_input_backward(grad: Tensor, index: Tensor, num_context: int,
+                                      context_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """grad [P, D], index [P] -> its rows summed by number: for context [R, D] in context_dtype, for the mask token [D]."""
+    rows = scatter_tokens(grad.unsqueeze(0), index.unsqueeze(0), num_context + 1, None, None)[0]
+    return rows[:-1].to(context_dtype, copy=True), rows[-1].clone()

@@ -167,6 +167,26 @@ def test_scalars_from_a_tensor_give_the_same_bits(backend):
             assert torch.equal(x, y), name
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+def test_captured_tables_live_as_long_as_the_scalars(monkeypatch):
+    """A CUDA graph reads both; numbers of the host are refused, which it would take from memory that is gone."""
+    from jepa_fast.kernels import _tensor_lists, adamw_ema
+    a = arguments(torch.Generator().manual_seed(8))
+    lists = {k: v for k, v in a.items() if k not in ("lr", "weight_decay", "step", "momentum")}
+    scalars = torch.ones(len(SHAPES), 5)
+    with ops.use_backend("triton"):
+        ops.adamw_ema_scalars_(**lists, scalars=scalars)
+        assert scalars not in adamw_ema._CAPTURED
+        monkeypatch.setattr(adamw_ema, "is_capturing", lambda device: True)
+        ops.adamw_ema_scalars_(**lists, scalars=scalars)
+    assert len(adamw_ema._CAPTURED[scalars]) == 1
+    del scalars
+    assert not len(adamw_ema._CAPTURED)
+    monkeypatch.setattr(_tensor_lists, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="lists that it was called with before the capture"):
+        _tensor_lists.to_device([1], torch.int64, torch.device("cpu"))
+
+
 def test_scalars_of_another_shape():
     a = arguments(torch.Generator().manual_seed(6))
     lists = {k: v for k, v in a.items() if k not in ("lr", "weight_decay", "step", "momentum")}

@@ -85,7 +85,7 @@ def test_a_checkpoint_of_another_shape(tmp_path):
 def test_info_and_recipes(capsys):
     assert main(["info", "--all"]) == 0
     out = capsys.readouterr().out
-    for word in ("gather_tokens", "varlen_attention", "sigreg", "triton", "not written yet", "torch"):
+    for word in ("gather_tokens", "varlen_attention", "sigreg", "triton", "float64 products", "torch"):
         assert word in out
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out

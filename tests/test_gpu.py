@@ -70,7 +70,8 @@ def test_values_are_checked_on_the_device(call):
     assert done.returncode != 0 and "assert" in (done.stdout + done.stderr).lower()
 
 
-def test_a_captured_step_takes_new_scalars():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_captured_step_takes_new_scalars(backend):
     g = torch.Generator().manual_seed(0)
     shapes, changing = [(300, 301), (17,), (129, 1000)], ("lr", "weight_decay", "step", "beta1", "beta2", "momentum")
 
@@ -87,8 +88,11 @@ def test_a_captured_step_takes_new_scalars():
     scalars = torch.zeros(3, 5, device="cuda")
     captured, eager, spare = arguments(), arguments(), arguments()
     graph = torch.cuda.CUDAGraph()
-    with ops.use_backend("cuda"):
-        ops.adamw_ema_scalars_(*spare, scalars, 0.9, 0.999, 1e-8)  # the kernel is loaded before the capture
+    with ops.use_backend(backend):
+        ops.adamw_ema_scalars_(*captured, scalars, 0.9, 0.999, 1e-8)  # kernel and tables are loaded before the capture
+        for lists, fresh in zip(captured, spare, strict=True):
+            for x, y in zip(lists, fresh, strict=True):
+                x.copy_(y)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             ops.adamw_ema_scalars_(*captured, scalars, 0.9, 0.999, 1e-8)

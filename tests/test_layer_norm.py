@@ -94,6 +94,29 @@ def test_many_rows_per_program(monkeypatch):
         testing.assert_within_error_rule(*testing.run_three_ways(spec, case, "triton", torch.float32))
 
 
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="no C++ compiler, or a GPU: csrc/cuda is not run on the host")
+@pytest.mark.parametrize("rows, D, dtype", [
+    (2, 8192, torch.float32), (2, 8192, torch.bfloat16), (2, 8191, torch.bfloat16),  # as many warps as there can be
+    (2200, 16, torch.float32), (2300, 520, torch.float32),  # several rows per thread, and per barrier
+])
+def test_rows_of_many_warps_and_many_rows_per_block(rows, D, dtype):
+    def make(g):
+        return {"x": torch.randn(rows, D, generator=g), "weight": torch.randn(D, generator=g),
+                "bias": torch.randn(D, generator=g)}
+
+    def make_residual(g):
+        return make(g) | {"residual": torch.randn(rows, D, generator=g)}
+
+    for name, arguments in (("layer_norm", make), ("add_layer_norm", make_residual)):
+        case = testing.Case(f"{rows}-{D}", arguments)
+        testing.assert_within_error_rule(*testing.run_three_ways(testing.OPS[name], case, "cuda", dtype))
+
+
+def test_wider_rows_have_no_fast_version():
+    with ops.use_backend("cuda"), pytest.raises(RuntimeError, match="wider than 8192|not for cpu tensors"):
+        layer_norm(torch.zeros(1, 8200))
+
+
 def test_no_second_derivative():
     x = draw(3, 8)
     with pytest.raises(RuntimeError, match="layer_norm has no second derivative"):

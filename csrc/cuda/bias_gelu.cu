@@ -6,7 +6,7 @@
 // Bytes: 2 P D x element size (backward: 3 P D); FLOPs: 30 P D, in float32. vitl16-224-b64 (12544 rows of 4096, bfloat16):
 // 206 MB, 47.8 us at 4.3 TB/s; backward 308 MB, 71.7 us.
 // x, grad, out, grad_x [P, D] float32, bfloat16 or float16, bias, grad_bias [D] float32, all contiguous.
-#include "common.cuh"
+#include "column_sums.cuh"
 
 #include <algorithm>
 #include <type_traits>
@@ -17,7 +17,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kForwardRows = 32;                             // per block
 constexpr int64_t kBackwardRows = 64, kMostBlocks = 512;     // rows per block at least, blocks of rows at most
-constexpr int kColumns = 32, kGroups = 32;                   // of the second launch: columns per block, threads per column
 constexpr float kFarthest = 15.f;                            // Phi(-15) < 2^-150
 
 __device__ inline float bell_of(float t) { return exp2f(t * t * -0.721347511f); }  // exp(-t^2 / 2)
@@ -102,23 +101,6 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
   }
 }
 
-__global__ void __launch_bounds__(kColumns * kGroups)
-    sum_kernel(const float* __restrict__ sums, float* __restrict__ grad_bias, int64_t blocks, int64_t D) {
-  __shared__ double of_group[kGroups][kColumns];
-  const int lane = int(threadIdx.x) % kColumns, group = int(threadIdx.x) / kColumns;
-  const int64_t d = int64_t(blockIdx.x) * kColumns + lane;
-  double total = 0;
-  if (d < D) {
-#pragma unroll 4
-    for (int64_t b = group; b < blocks; b += kGroups) total += sums[b * D + d];
-  }
-  of_group[group][lane] = total;
-  __syncthreads();
-  if (group || d >= D) return;
-  for (int k = 1; k < kGroups; ++k) total += of_group[k][lane];
-  grad_bias[d] = float(total);
-}
-
 // call(T{}, width): the type, and as many elements as are read at once
 template <typename Call>
 void by_type(const Tensor& x, std::initializer_list<const void*> pointers, Call call) {
@@ -159,8 +141,7 @@ void bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
            device.stream, static_cast<const T*>(grad.data_ptr()), static_cast<const T*>(x.data_ptr()), floats(bias),
            static_cast<T*>(grad_x.data_ptr()), sums, P, int(D), rows);
   });
-  launch(sum_kernel, dim3(unsigned(ceil_div(D, kColumns))), kColumns * kGroups, 0, device.stream, sums,
-         grad_bias.mutable_data_ptr<float>(), blocks, D);
+  column_sums(sums, grad_bias.mutable_data_ptr<float>(), blocks, D, device.stream);
 }
 
 }  // namespace jepa_fast::cuda

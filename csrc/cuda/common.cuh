@@ -14,6 +14,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <type_traits>
 
 #ifndef JEPA_FAST_CUDA_LIBRARY
 #define JEPA_FAST_CUDA_LIBRARY jepa_fast_C
@@ -96,6 +97,14 @@ bool by_packs(int64_t D, std::initializer_list<const void*> pointers) {
   return all;
 }
 
+// call(width) with as many values as are read at once from rows of D values in types A and B that begin at these addresses
+template <typename A, typename B, typename Call>
+void by_width(int64_t D, std::initializer_list<const void*> pointers, Call call) {
+  using Wider = std::conditional_t<(sizeof(A) > sizeof(B)), A, B>;
+  if (by_packs<Wider>(D, pointers)) call(std::integral_constant<int, 16 / sizeof(Wider)>());
+  else call(std::integral_constant<int, 1>());
+}
+
 template <typename T>
 T* pointer(const std::optional<Tensor>& t) { return t ? static_cast<T*>(t->data_ptr()) : nullptr; }
 
@@ -117,6 +126,13 @@ __device__ inline float to_float(half x) { return __half2float(x); }
 __device__ inline void from_float(float* p, float x) { *p = x; }
 __device__ inline void from_float(bf16* p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ inline void from_float(half* p, float x) { *p = __float2half_rn(x); }
+
+template <typename T>
+__device__ inline float rounded(float x) {  // to the precision of T
+  T y;
+  from_float(&y, x);
+  return to_float(y);
+}
 
 template <typename T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {  // n values that are loaded and stored at once

@@ -11,6 +11,7 @@ constexpr int64_t kFewPlaces = 1024;  // fewer are looked through without spans
 
 // An index [B, K] of rows of samples of N, with the least and the greatest row of each span of kSpan indices: an index in
 // ascending order, as that of packed masks, is then searched in constant time per row, any other one in K / 32 steps.
+// Entries from N on name no row.
 struct Places {
   const int64_t* index;
   const int64_t* spans;  // [B, ceil(K / kSpan), 2], or null
@@ -41,10 +42,10 @@ struct Places {
 
 namespace {
 
-__global__ void __launch_bounds__(kSpan) spans_kernel(const int64_t* index, int64_t* spans, int64_t K) {
+__global__ void __launch_bounds__(kSpan) spans_kernel(const int64_t* index, int64_t* spans, int64_t K, int64_t N) {
   __shared__ int64_t low[kSpan / 32], high[kSpan / 32];
   const int64_t b = blockIdx.y, k = int64_t(blockIdx.x) * kSpan + threadIdx.x;
-  int64_t least = index[b * K + (k < K ? k : K - 1)], greatest = least;
+  int64_t least = k < K ? index[b * K + k] : N, greatest = least < N ? least : -1;
   for (int d = 16; d; d /= 2) {
     least = min(least, __shfl_xor_sync(kAllLanes, least, d));
     greatest = max(greatest, __shfl_xor_sync(kAllLanes, greatest, d));
@@ -64,7 +65,7 @@ inline Places places_of(const Tensor& index, int64_t B, int64_t K, int64_t N, st
   if (K <= kFewPlaces || B > 65535) return places;
   scratch = torch::stable::new_empty(index, {B, ceil_div(K, kSpan), 2});
   int64_t* spans = scratch->mutable_data_ptr<int64_t>();
-  launch(spans_kernel, dim3(unsigned(ceil_div(K, kSpan)), unsigned(B)), kSpan, 0, stream, places.index, spans, K);
+  launch(spans_kernel, dim3(unsigned(ceil_div(K, kSpan)), unsigned(B)), kSpan, 0, stream, places.index, spans, K, N);
   places.spans = spans;
   return places;
 }

@@ -94,7 +94,8 @@ def adamw_ema_scalars_(params: list[Tensor], grads: list[Tensor], exp_avg: list[
     """`adamw_ema_` with what changes from step to step read from a tensor: what a CUDA graph can capture and replay.
 
     scalars [len(params), 5] float32 on the device of params, as `adamw_ema_scalars` makes it on the CPU: capture once,
-    then before each replay copy the new ones into the same memory. Nothing is read on the host.
+    then before each replay copy the new ones into the same memory. Nothing is read on the host. Triton must have been
+    called with the same lists before the capture (RuntimeError).
     """
     _check_lists(params, grads, exp_avg, exp_avg_sq, average, shadow, average_shadow)
     if scalars.shape != (len(params), 5) or scalars.dtype not in MASTER_DTYPES:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import assemble_predictor_input as reference
-from ._define import compiled, define, triton
+from ._define import compiled, cuda, define, triton
 from .gather_tokens import _check_range
 
 
@@ -16,6 +16,29 @@ def _native(raw, context, mask_token, index, positions, position_index):
     return out
 
 
+def _cuda(raw, context, mask_token, index, positions, position_index):
+    out = mask_token.new_empty(len(index), len(mask_token))
+    raw.assemble_predictor_input(*(t.contiguous() for t in (context, mask_token, index, positions, position_index)), out)
+    return out
+
+
+def _backward_native(raw, grad, index, num_context, context_dtype):
+    rows = grad.new_empty(num_context + 1, grad.shape[1])
+    raw.scatter_tokens(grad.unsqueeze(0).contiguous(), index.unsqueeze(0).contiguous(), None, None, rows.unsqueeze(0))
+    return rows[:-1].to(context_dtype, copy=True), rows[-1].clone()
+
+
+def _backward_cuda(raw, grad, index, num_context, context_dtype):
+    grad_context = grad.new_empty(num_context, grad.shape[1], dtype=context_dtype)
+    grad_mask_token = grad.new_empty(grad.shape[1], dtype=torch.float32)
+    raw.assemble_predictor_input_backward(grad.contiguous(), index.contiguous(), grad_context, grad_mask_token)
+    return grad_context, grad_mask_token.to(grad.dtype)
+
+
+def _why_not_float64(language):
+    return lambda *args: f"no {language} version for float64" if args[-1] is torch.float64 else None
+
+
 def _check_values(context, mask_token, index, positions, position_index):
     _check_range("index", index, len(context) + 1)
     _check_range("position_index", position_index, len(positions))
@@ -25,12 +48,23 @@ define("assemble_predictor_input(Tensor context, Tensor mask_token, Tensor index
        " -> Tensor",
        plain=reference.assemble_predictor_input,
        cpp=compiled("gather_tokens", (torch.float32, torch.bfloat16, torch.float64), _native),
-       triton=triton("assemble_predictor_input"), check=_check_values)
+       triton=triton("assemble_predictor_input"), cuda=cuda("assemble_predictor_input", call=_cuda), check=_check_values)
+define("assemble_predictor_input_backward(Tensor grad, Tensor index, SymInt num_context, ScalarType context_dtype)"
+       " -> (Tensor grad_context, Tensor grad_mask_token)",
+       plain=reference.assemble_predictor_input_backward,
+       cpp=compiled("scatter_tokens", (torch.float32, torch.bfloat16, torch.float64), _backward_native),
+       triton=triton("assemble_predictor_input.assemble_predictor_input_backward", supports=_why_not_float64("Triton")),
+       cuda=cuda("assemble_predictor_input_backward", call=_backward_cuda, supports=_why_not_float64("CUDA")))
 
 
 @torch.library.register_fake("jepa_fast::assemble_predictor_input")
 def _(context, mask_token, index, positions, position_index):
     return mask_token.new_empty(index.shape[0], mask_token.shape[0])
+
+
+@torch.library.register_fake("jepa_fast::assemble_predictor_input_backward")
+def _(grad, index, num_context, context_dtype):
+    return grad.new_empty(num_context, grad.shape[1], dtype=context_dtype), grad.new_empty(grad.shape[1])
 
 
 def _save(ctx, inputs, output):
@@ -43,15 +77,12 @@ def _backward(ctx, grad):
     index, position_index = ctx.saved_tensors
     grad_context = grad_mask_token = grad_positions = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        rows = _sum_by_row(grad, index, ctx.num_context + 1)
-        grad_context, grad_mask_token = rows[:-1].to(ctx.context_dtype), rows[-1]
+        grad_context, grad_mask_token = torch.ops.jepa_fast.assemble_predictor_input_backward(
+            grad, index, ctx.num_context, ctx.context_dtype)
     if ctx.needs_input_grad[3]:
-        grad_positions = _sum_by_row(grad, position_index, ctx.num_positions)
+        rows = grad.unsqueeze(0), position_index.unsqueeze(0)
+        grad_positions = torch.ops.jepa_fast.scatter_tokens(*rows, ctx.num_positions, None, None)[0]
     return grad_context, grad_mask_token, None, grad_positions, None
-
-
-def _sum_by_row(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    return torch.ops.jepa_fast.scatter_tokens(grad.unsqueeze(0), index.unsqueeze(0), num_rows, None, None)[0]
 
 
 torch.library.register_autograd("jepa_fast::assemble_predictor_input", _backward, setup_context=_save)

@@ -4,30 +4,65 @@ import torch
 from torch import Tensor
 
 from ..reference import layer_norm as reference
-from ._define import Missing, define, triton
+from ._define import Missing, cuda, define, triton
 
 _CPU = Missing("not written: plain calls PyTorch's own layer_norm")
-_MAX_WIDTH = 2048  # of a row that one program holds
 
 
-def _supports(x, *args):
-    if x.shape[-1] > _MAX_WIDTH:
-        return f"no Triton version for rows wider than {_MAX_WIDTH}"
-    if any(arg == torch.float64 for arg in args if isinstance(arg, torch.dtype)):
-        return "no Triton version for float64"
-    return None
+def _forward_native(raw, x, weight, bias, eps, out_dtype):
+    out, _, mean, rstd = _add_native(raw, x, None, weight, bias, eps, out_dtype)
+    return out, mean, rstd
 
+
+def _add_native(raw, x, residual, weight, bias, eps, out_dtype):
+    out, summed = x.new_empty(x.shape, dtype=out_dtype), None if residual is None else residual.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    raw.layer_norm(_rows(x), _rows(residual), _wide(weight), _wide(bias), eps, _rows(out), _rows(summed), mean, rstd)
+    return out, summed, mean, rstd
+
+
+def _backward_native(raw, grad, grad_summed, x, weight, mean, rstd, branch_dtype):
+    grad_x, branch = x.new_empty(x.shape), None if branch_dtype is None else x.new_empty(x.shape, dtype=branch_dtype)
+    affine = None if weight is None else mean.new_empty(2, x.shape[-1])
+    raw.layer_norm_backward(_rows(grad), _rows(grad_summed), _rows(x), _wide(weight), mean.contiguous(),
+                            rstd.contiguous(), _rows(grad_x), _rows(branch), affine)
+    return grad_x, x.new_empty(0) if branch is None else branch, mean.new_empty(2, 0) if affine is None else affine
+
+
+def _rows(x: Tensor | None) -> Tensor | None:  # [P, D], contiguous
+    return None if x is None else x.contiguous().flatten(0, -2)
+
+
+def _wide(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.float().contiguous()
+
+
+def _up_to(width: int, language: str):
+    """Rows that fit the registers that hold them."""
+    def supports(x, *args):
+        if x.shape[-1] > width:
+            return f"no {language} version for rows wider than {width}"
+        if any(arg is torch.float64 for arg in args):
+            return f"no {language} version for float64"
+        return None
+    return supports
+
+
+_TRITON, _CUDA = _up_to(2048, "Triton"), _up_to(8192, "CUDA")
 
 define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
        " -> (Tensor out, Tensor mean, Tensor rstd)",
-       plain=reference.layer_norm, cpp=_CPU, triton=triton("layer_norm", supports=_supports))
+       plain=reference.layer_norm, cpp=_CPU, triton=triton("layer_norm", supports=_TRITON),
+       cuda=cuda("layer_norm", call=_forward_native, supports=_CUDA))
 define("add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
        " -> (Tensor out, Tensor summed, Tensor mean, Tensor rstd)",
-       plain=reference.add_layer_norm, triton=triton("layer_norm.add_layer_norm", supports=_supports))
+       plain=reference.add_layer_norm, cpp=_CPU, triton=triton("layer_norm.add_layer_norm", supports=_TRITON),
+       cuda=cuda("layer_norm", call=_add_native, supports=_CUDA))
 define("layer_norm_backward(Tensor grad, Tensor? grad_summed, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
        "ScalarType? branch_dtype) -> (Tensor grad_x, Tensor grad_branch, Tensor grad_affine)",
        plain=reference.layer_norm_backward, cpp=_CPU,
-       triton=triton("layer_norm.layer_norm_backward", supports=_supports))
+       triton=triton("layer_norm.layer_norm_backward", supports=_TRITON),
+       cuda=cuda("layer_norm_backward", call=_backward_native, supports=_CUDA))
 
 
 @torch.library.register_fake("jepa_fast::layer_norm")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference import sigreg as reference
 from ..reference.quadrature import Quadrature
-from ._define import compiled, define, triton
+from ._define import Missing, compiled, define, triton
 from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 
@@ -16,6 +16,8 @@ SLICES = 512      # at a time, and of those as many rows that
 PIECE = 1 << 18   # so many projections (1 MB) fall to a thread: they stay in its cache from pass to pass
 OFFICIAL = Quadrature.half_line(3.0, 17)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA = Missing("Triton's is bound by arithmetic, not by what CUDA could save; not measured yet")
+_CUDA_STATISTIC = Missing("Triton's is one short launch")
 
 
 def _sums_native(raw, x, directions, row_mask, t_start, t_step, num_knots):
@@ -85,18 +87,18 @@ def _statistic_backward_native(raw, grad, sums, count, phi, weights):
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
        plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_native),
-       triton=triton("sigreg.sigreg_sums"))
+       triton=triton("sigreg.sigreg_sums"), cuda=_CUDA)
 define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
        "float t_step) -> Tensor",
        plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_native),
-       triton=triton("sigreg.sigreg_sums_backward"))
+       triton=triton("sigreg.sigreg_sums_backward"), cuda=_CUDA)
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_native),
-       triton=triton("sigreg_statistic.sigreg_statistic", (torch.float32,)))
+       triton=triton("sigreg_statistic.sigreg_statistic", (torch.float32,)), cuda=_CUDA_STATISTIC)
 define("sigreg_statistic_backward(Tensor grad, Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic_backward,
        cpp=compiled("sigreg_statistic_backward", (torch.float32,), _statistic_backward_native),
-       triton=triton("sigreg_statistic.sigreg_statistic_backward", (torch.float32,)))
+       triton=triton("sigreg_statistic.sigreg_statistic_backward", (torch.float32,)), cuda=_CUDA_STATISTIC)
 
 
 @torch.library.register_fake("jepa_fast::sigreg_sums")

@@ -6,14 +6,16 @@ from torch import Tensor
 from ..reference import sigreg_exact as reference
 from ..reference.quadrature import Quadrature
 from ..reference.sigreg import accumulation_dtype
-from ._define import define
+from ._define import Missing, define
 from .sigreg import OFFICIAL, check_choice, check_rows, count_rows, to_groups
 
+_NO_OTHER = dict.fromkeys(("cpp", "triton", "cuda"), Missing("float64 products, which plain PyTorch leaves to BLAS"))
+
 define("sigreg_exact(Tensor x, Tensor? row_mask, float t_start, float t_step, float[] phi, float[] weights) -> Tensor",
-       plain=reference.sigreg_exact)
+       plain=reference.sigreg_exact, **_NO_OTHER)
 define("sigreg_exact_backward(Tensor grad, Tensor x, Tensor? row_mask, float t_start, float t_step, float[] phi, "
        "float[] weights) -> Tensor",
-       plain=reference.sigreg_exact_backward)
+       plain=reference.sigreg_exact_backward, **_NO_OTHER)
 
 
 @torch.library.register_fake("jepa_fast::sigreg_exact")

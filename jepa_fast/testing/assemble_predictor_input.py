@@ -31,7 +31,7 @@ def _random(draw):
 
 ASSEMBLE_PREDICTOR_INPUT = OpSpec(
     function=_call,
-    ops=("assemble_predictor_input", "scatter_tokens"),
+    ops=("assemble_predictor_input", "assemble_predictor_input_backward", "scatter_tokens"),
     gradients=("context", "mask_token", "positions", "wide_mask_token", "wide_positions"),
     keep_dtype=("wide_mask_token", "wide_positions"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -42,6 +42,8 @@ ASSEMBLE_PREDICTOR_INPUT = OpSpec(
         _case("odd", 19, 37, 45, 11),
         _case("float32-stream", 19, 70, 24, 11, wide=True),
         _case("repeated", 3, 200, 33, 5, wide=True),
+        _case("many-rows", 60, 1500, 8, 5, wide=True),
+        _case("wide", 3, 7, 1100, 2, wide=True),
         _case("vits16-224-b1", 90, 4 * (90 + 33), 384, 196, masked=0.27, wide=True, is_large=True),
     ],
     random_case=_random,

@@ -48,6 +48,8 @@ def _cases(**options):
         _case("far-from-zero", 7, 77, offset=300.0, **options),
         _case("many-rows", 600, 8, **options),
         _case("wide", 3, 1999, **options),
+        _case("wide-packs", 5, 1536, **options),
+        _case("wide-float32-stream", 5, 1408, wide=("weight", "bias", "residual"), **options),
         _case("vits16-224-b1", 196, 384, **options),
     ]
 
