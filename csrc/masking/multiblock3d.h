@@ -53,7 +53,9 @@ class Clips {
         kept_(s.num_masks() * num_samples),
         is_target_(s.num_masks() * num_samples * num_tokens_) {}
 
-  uint8_t* is_target(int64_t mask, int64_t sample) { return &is_target_[(mask * num_samples_ + sample) * num_tokens_]; }
+  uint8_t* is_target(int64_t mask, int64_t sample) {
+    return &is_target_[(mask * num_samples_ + sample) * num_tokens_];
+  }
   Kept& kept(int64_t mask, int64_t sample) { return kept_[mask * num_samples_ + sample]; }
 
  private:
@@ -65,7 +67,8 @@ class Clips {
 // Size of a block from three numbers in [0, 1); the full grid at most, and no rows or columns where it is very small.
 inline Size3D block_size(const Settings3D& s, const BlockMask& mask, double u_time, double u_space, double u_aspect) {
   const auto duration = static_cast<int64_t>(static_cast<double>(s.time) * between(mask.temporal_scale, u_time));
-  const Size size = block_size(s.rows, s.columns, between(mask.spatial_scale, u_space), between(mask.aspect_ratio, u_aspect));
+  const Size size = block_size(s.rows, s.columns, between(mask.spatial_scale, u_space),
+                               between(mask.aspect_ratio, u_aspect));
   return {std::max<int64_t>(duration, 1), std::min(size.height, s.rows), std::min(size.width, s.columns)};
 }
 
@@ -202,7 +205,8 @@ inline Lists write_lists(const Settings3D& s, Clips& clips, int64_t first, int64
   };
   Lists lists{nullptr, std::make_unique<int64_t[]>(s.num_masks() * batch_size), s.num_masks(), 0};
   for (int64_t m = 0; m < s.num_masks(); ++m)
-    for (int64_t b = 0; b < batch_size; ++b) lists.num_tokens += lists.lengths[m * batch_size + b] = length(m, b);
+    for (int64_t b = 0; b < batch_size; ++b)
+      lists.num_tokens += lists.lengths[m * batch_size + b] = length(m, b);
   lists.idx.reset(new int64_t[lists.num_tokens]);
   int64_t* out = lists.idx.get();
   for (int64_t m = 0; m < s.num_masks(); ++m)

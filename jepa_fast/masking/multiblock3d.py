@@ -54,9 +54,11 @@ class MultiBlock3D:
     The defaults are those of V-JEPA and of clips in V-JEPA 2 and 2.1; images in V-JEPA 2.1 are clips of one time step
     with one mask, `BlockMask(num_blocks=10)`. `mode` "official" reproduces the official collator with all it does: all
     blocks of a step have one size, and the lists of `mask_group_size` samples are cut to the shortest of them, which
-    drops the later time steps. "unbiased" draws every block on its own, every position with equal chance, cuts nothing,
-    so context and target are always complements, and works wherever a context may use two tokens or more: after 20
-    draws without a context the first block alone is the target. Contexts and targets are never empty, and disjoint.
+    drops the later time steps. "unbiased" draws size and position of every block on its own, every position with equal
+    chance, cuts nothing, so context and target are always complements, and works wherever a context may use two tokens
+    or more: after 20 draws without a context the first block alone is the target. Contexts and targets are never empty,
+    and disjoint. Of 1568 tokens (8x14x14) the long-range context keeps 99 on average officially, 294 without the cut in
+    groups of 24, and 260 unbiased, where two blocks of different shape overlap less.
     """
 
     masks: tuple[BlockMask, ...] = (BlockMask(), BlockMask(num_blocks=2, spatial_scale=(0.7, 0.7)))
