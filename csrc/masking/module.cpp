@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "multiblock.h"
+#include "multiblock3d.h"
 
 namespace py = pybind11;
 namespace masking = jepa_fast::masking;
@@ -35,7 +36,8 @@ py::tuple without_gil(int64_t batch_size, Sample sample) {
   return to_tuple(std::move(masks), batch_size);
 }
 
-py::tuple next_official(const masking::Settings& settings, masking::TorchGenerator& positions, uint64_t counter,
+template <typename Settings>
+py::tuple next_official(const Settings& settings, masking::TorchGenerator& positions, uint64_t counter,
                         int64_t batch_size) {
   // a copy, so that two Python threads never write to one generator
   masking::TorchGenerator running = positions;
@@ -45,17 +47,29 @@ py::tuple next_official(const masking::Settings& settings, masking::TorchGenerat
   return masks;
 }
 
-py::tuple sample_official(const masking::Settings& settings, int64_t mask_group_size, uint64_t seed, uint32_t step,
+template <typename Settings>
+py::tuple sample_official(const Settings& settings, int64_t mask_group_size, uint64_t seed, uint32_t step,
                           int64_t first_sample, int64_t batch_size) {
   return without_gil(batch_size, [&] {
     return masking::sample_official(settings, mask_group_size, seed, step, first_sample, batch_size);
   });
 }
 
-py::tuple sample_unbiased(const masking::Settings& settings, uint64_t seed, uint32_t step, int64_t first_sample,
+template <typename Settings>
+py::tuple sample_unbiased(const Settings& settings, uint64_t seed, uint32_t step, int64_t first_sample,
                           int64_t batch_size) {
   return without_gil(
       batch_size, [&] { return masking::sample_unbiased(settings, seed, step, first_sample, batch_size); });
+}
+
+template <typename Settings>
+void def_samplers(py::module_& m) {
+  m.def("next_official", &next_official<Settings>, py::arg("settings"), py::arg("positions"), py::arg("counter"),
+        py::arg("batch_size"));
+  m.def("sample_official", &sample_official<Settings>, py::arg("settings"), py::arg("mask_group_size"), py::arg("seed"),
+        py::arg("step"), py::arg("first_sample"), py::arg("batch_size"));
+  m.def("sample_unbiased", &sample_unbiased<Settings>, py::arg("settings"), py::arg("seed"), py::arg("step"),
+        py::arg("first_sample"), py::arg("batch_size"));
 }
 
 }  // namespace
@@ -80,11 +94,25 @@ PYBIND11_MODULE(_masking, m) {
            py::arg("target_scale"), py::arg("context_scale"), py::arg("aspect_ratio"), py::arg("min_keep"),
            py::arg("allow_overlap"));
 
+  py::class_<masking::BlockMask>(m, "BlockMask")
+      .def(py::init([](int64_t num_blocks, masking::Range spatial_scale, masking::Range temporal_scale,
+                       masking::Range aspect_ratio, double max_temporal_keep, int64_t max_keep, bool full_complement,
+                       bool pred_full_complement, bool inv_block) {
+             return masking::BlockMask{num_blocks,        spatial_scale, temporal_scale,  aspect_ratio,
+                                       max_temporal_keep, max_keep,      full_complement, pred_full_complement,
+                                       inv_block};
+           }),
+           py::kw_only(), py::arg("num_blocks"), py::arg("spatial_scale"), py::arg("temporal_scale"),
+           py::arg("aspect_ratio"), py::arg("max_temporal_keep"), py::arg("max_keep"), py::arg("full_complement"),
+           py::arg("pred_full_complement"), py::arg("inv_block"));
+
+  py::class_<masking::Settings3D>(m, "Settings3D")
+      .def(py::init([](int64_t time, int64_t rows, int64_t columns, std::vector<masking::BlockMask> masks) {
+             return masking::Settings3D{time, rows, columns, std::move(masks)};
+           }),
+           py::kw_only(), py::arg("time"), py::arg("rows"), py::arg("columns"), py::arg("masks"));
+
   m.def("philox", &masking::philox, py::arg("counter"), py::arg("seed"));
-  m.def("next_official", &next_official, py::arg("settings"), py::arg("positions"), py::arg("counter"),
-        py::arg("batch_size"));
-  m.def("sample_official", &sample_official, py::arg("settings"), py::arg("mask_group_size"), py::arg("seed"),
-        py::arg("step"), py::arg("first_sample"), py::arg("batch_size"));
-  m.def("sample_unbiased", &sample_unbiased, py::arg("settings"), py::arg("seed"), py::arg("step"),
-        py::arg("first_sample"), py::arg("batch_size"));
+  def_samplers<masking::Settings>(m);
+  def_samplers<masking::Settings3D>(m);
 }

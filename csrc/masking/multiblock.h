@@ -55,8 +55,8 @@ inline double between(const Range& range, double u) {
 }
 
 // nearbyint rounds half to even, like Python
-inline Size block_size(const Settings& s, double scale, double aspect) {
-  const double kept = std::floor(static_cast<double>(s.rows * s.columns) * scale);
+inline Size block_size(int64_t rows, int64_t columns, double scale, double aspect) {
+  const double kept = std::floor(static_cast<double>(rows * columns) * scale);
   return {static_cast<int64_t>(std::nearbyint(std::sqrt(kept * aspect))),
           static_cast<int64_t>(std::nearbyint(std::sqrt(kept / aspect)))};
 }
@@ -112,7 +112,7 @@ class Cover {
 
 // One uniform number drives scale and aspect ratio; the last row and column stay out.
 inline Size official_size(const Settings& s, const Range& scale, const Range& aspect, double u) {
-  const Size size = block_size(s, between(scale, u), between(aspect, u));
+  const Size size = block_size(s.rows, s.columns, between(scale, u), between(aspect, u));
   return {std::min(size.height, s.rows - 1), std::min(size.width, s.columns - 1)};
 }
 
@@ -156,7 +156,7 @@ inline void draw_official(const Settings& s, TorchGenerator& positions, uint64_t
 // Scale, aspect ratio, top and left, each from its own word; every position is possible.
 inline Block place(const Settings& s, const Words& words, bool is_context) {
   const Range &scale = is_context ? s.context_scale : s.target_scale, square = {1.0, 1.0};
-  Size size = block_size(s, between(scale, unit(words[0])),
+  Size size = block_size(s.rows, s.columns, between(scale, unit(words[0])),
                          between(is_context ? square : s.aspect_ratio, unit(words[1])));
   size.height = std::clamp<int64_t>(size.height, 1, s.rows);
   size.width = std::clamp<int64_t>(size.width, 1, s.columns);

@@ -2,5 +2,8 @@
 
 from .masks import Masks, PackedMasks
 from .multiblock import MultiBlock, MultiBlockStream, backend
+from .multiblock3d import BlockMask, MultiBlock3D, clip_grid
+from .random_tube import RandomTube
 
-__all__ = ["Masks", "MultiBlock", "MultiBlockStream", "PackedMasks", "backend"]
+__all__ = ["BlockMask", "Masks", "MultiBlock", "MultiBlock3D", "MultiBlockStream", "PackedMasks", "RandomTube", "backend",
+           "clip_grid"]

@@ -13,8 +13,10 @@ from torch import Tensor
 class Masks:
     """Context and target lists of a batch, packed end to end; int64, on one device.
 
-    A list holds token numbers (row * columns + column) of one sample. Lists are ordered list-major: list 0 of every
-    sample, then list 1 of every sample. Raises ValueError if lengths, indices and sizes do not belong together.
+    A list holds token numbers (row * columns + column, of a clip (time * rows + row) * columns + column) of one sample.
+    Lists are ordered list-major: list 0 of every sample, then list 1 of every sample. Every target list is predicted
+    from every context list, or, where `is_paired`, from the context list of the same number. Raises ValueError if
+    lengths, indices and sizes do not belong together.
     """
 
     context_idx: Tensor       # [P_c], in [0, num_tokens)
@@ -22,6 +24,7 @@ class Masks:
     target_idx: Tensor        # [P_t], in [0, num_tokens)
     target_lengths: Tensor    # [M, B]: target list, then sample
     num_tokens: int           # N, tokens of one sample
+    is_paired: bool = False   # E == M: list i of the contexts belongs to list i of the targets only
 
     def __post_init__(self):
         for name in ("context", "target"):
@@ -29,14 +32,17 @@ class Masks:
         if self.context_lengths.shape[1] != self.target_lengths.shape[1]:
             raise ValueError(f"context_lengths and target_lengths must agree on the batch, got "
                              f"{self.context_lengths.shape[1]} and {self.target_lengths.shape[1]} samples")
+        if self.is_paired and self.context_lengths.shape[0] != self.target_lengths.shape[0]:
+            raise ValueError(f"context_lengths and target_lengths must hold as many lists to be paired, got "
+                             f"{self.context_lengths.shape[0]} and {self.target_lengths.shape[0]}")
 
     @classmethod
-    def from_lists(cls, context: list[Tensor], target: list[Tensor], num_tokens: int) -> Masks:
+    def from_lists(cls, context: list[Tensor], target: list[Tensor], num_tokens: int, *, is_paired: bool = False) -> Masks:
         """Masks from the official form: lists of [B, K] token numbers, K free to differ between lists."""
         context_idx, context_lengths = _from_lists("context", context)
         target_idx, target_lengths = _from_lists("target", target)
-        return cls(context_idx=context_idx, context_lengths=context_lengths,
-                   target_idx=target_idx, target_lengths=target_lengths, num_tokens=num_tokens)
+        return cls(context_idx=context_idx, context_lengths=context_lengths, target_idx=target_idx,
+                   target_lengths=target_lengths, num_tokens=num_tokens, is_paired=is_paired)
 
     @classmethod
     def from_grids(cls, contexts: Tensor, targets: Tensor) -> Masks:
@@ -58,19 +64,21 @@ class Masks:
         """The official form: M tensors [B, K]. Raises ValueError if the samples of a list differ in length."""
         return _to_lists("target", self.target_idx, self.target_lengths)
 
-    def pack(self) -> PackedMasks:
-        """Everything a packed I-JEPA model indexes with, so that the device never has to wait for the host."""
+    def pack(self, *, num_mask_tokens: int = 1) -> PackedMasks:
+        """Everything a packed model indexes with, so that the device never has to wait for the host.
+
+        Of several mask tokens, target list m takes number m % num_mask_tokens, as V-JEPA does.
+        """
         (num_contexts, B), num_targets, N = self.context_lengths.shape, self.target_lengths.shape[0], self.num_tokens
         context_lengths, target_lengths = self.context_lengths.flatten(), self.target_lengths.flatten()
         context_rows = _sample_offsets(self.context_lengths, N).add_(self.context_idx)
         target_rows = _sample_offsets(self.target_lengths, N).add_(self.target_idx)
 
         # a predictor sequence is two pieces of cat([context_idx, target_idx]): list (e, b), then list (m, b)
-        shape = (num_targets, num_contexts, B)
-        context_pieces = self.context_lengths.expand(shape).flatten()
-        target_pieces = self.target_lengths[:, None].expand(shape).flatten()
-        context_starts = _starts(context_lengths).view(1, num_contexts, B).expand(shape).flatten()
-        target_starts = _starts(target_lengths).view(num_targets, 1, B).expand(shape).flatten() + len(context_rows)
+        m, e = self._pairs()
+        context_pieces, target_pieces = self.context_lengths[e].flatten(), self.target_lengths[m].flatten()
+        context_starts = _starts(context_lengths).view(num_contexts, B)[e].flatten()
+        target_starts = _starts(target_lengths).view(num_targets, B)[m].flatten() + len(context_rows)
         rows = _runs(torch.stack([context_starts, target_starts], dim=1).flatten(),
                      torch.stack([context_pieces, target_pieces], dim=1).flatten())
         sequence_lengths = context_pieces + target_pieces
@@ -78,13 +86,16 @@ class Masks:
         prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
         is_uniform = int(target_lengths.min()) == int(target_lengths.max())
         position = torch.cat([self.context_idx, self.target_idx]).index_select(0, rows)
+        # every row past the contexts is a target, and all targets of a list share one mask-token row
+        predictor_idx = rows.clamp_max_(len(context_rows))
+        if num_mask_tokens > 1:
+            predictor_idx[prediction_idx] += (m % num_mask_tokens).repeat_interleave(B).repeat_interleave(target_pieces)
         return PackedMasks(
             context_idx=context_rows,
             context_cu_seqlens=_cu_seqlens(context_lengths),
             context_max_seqlen=int(context_lengths.max()),
             target_idx=target_rows,
-            # every row past the contexts is a target, and all targets share one mask-token row
-            predictor_idx=rows.clamp_max_(len(context_rows)),
+            predictor_idx=predictor_idx,
             predictor_position=position,
             predictor_cu_seqlens=_cu_seqlens(sequence_lengths),
             predictor_max_seqlen=int(sequence_lengths.max()),
@@ -96,29 +107,36 @@ class Masks:
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=rows.device),
             batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
 
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Target list and context list of every kind of predictor sequence, [S] each."""
+        (E, _), M, device = self.context_lengths.shape, self.target_lengths.shape[0], self.context_lengths.device
+        targets, contexts = torch.arange(M, device=device), torch.arange(E, device=device)
+        return (targets, contexts) if self.is_paired else (targets.repeat_interleave(E), contexts.repeat(M))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedMasks:
     """Row numbers for packed sequences; B samples of N tokens are the rows b * N + token of one [B*N, ...] tensor.
 
-    Predictor sequences are ordered target list m, context list e, sample b; each holds the context list (e, b), then
-    one mask token for every token of the target list (m, b). P_p counts the rows of all predictor sequences, Q the
-    mask tokens among them. Indices are int64, cu_seqlens int32.
+    Predictor sequences are ordered target list m, context list e, sample b, S = M * E * B of them; where the lists are
+    paired, e is always m and S = M * B. Each holds the context list (e, b), then one mask token for every token of the
+    target list (m, b). P_p counts the rows of all predictor sequences, Q the mask tokens among them. Indices are int64,
+    cu_seqlens int32.
     """
 
     context_idx: Tensor             # [P_c]: row of [B*N], ordered (e, b)
     context_cu_seqlens: Tensor      # [E*B + 1]
     context_max_seqlen: int
     target_idx: Tensor              # [P_t]: row of [B*N], ordered (m, b)
-    predictor_idx: Tensor           # [P_p]: row of cat([encoded context rows, one mask-token row]); mask token = P_c
+    predictor_idx: Tensor           # [P_p]: row of cat([encoded context rows, mask tokens]); mask token i = P_c + i
     predictor_position: Tensor      # [P_p]: token number in the grid, for the position table
-    predictor_cu_seqlens: Tensor    # [M*E*B + 1]
+    predictor_cu_seqlens: Tensor    # [S + 1]
     predictor_max_seqlen: int
     prediction_idx: Tensor          # [Q]: row of the predictor output, ordered (m, e, b, token)
     prediction_target_idx: Tensor   # [Q]: row of [B*N] each prediction is compared with
-    prediction_cu_seqlens: Tensor   # [M*E*B + 1]: which predictions belong to which sequence
+    prediction_cu_seqlens: Tensor   # [S + 1]: which predictions belong to which sequence
     prediction_max_seqlen: int
-    prediction_lengths: Tensor | None   # [M*E*B]: predictions per sequence; None where all are equal
+    prediction_lengths: Tensor | None   # [S]: predictions per sequence; None where all are equal
     full_cu_seqlens: Tensor         # [B + 1]: whole samples, for the target encoder
     batch_size: int                 # B
     num_tokens: int                 # N

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from . import multiblock_plain
 from .masks import Masks
 from .multiblock_plain import SQUARE, Grid, Range, Size, between, block_size, official_size
+
+if TYPE_CHECKING:
+    from .multiblock3d import MultiBlock3D
 
 try:
     import jepa_fast._masking as _masking
@@ -53,11 +56,8 @@ class MultiBlock:
                                 ("mask_group_size", 1, 2**16)):
             _check_int(name, getattr(self, name), low, high)
         for name, limit in (("target_scale", 1.0), ("context_scale", 1.0), ("aspect_ratio", 1000.0)):
-            range_ = getattr(self, name)
-            if not isinstance(range_, tuple) or len(range_) != 2 or not 0 < range_[0] <= range_[1] <= limit:
-                raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {limit:g}, got {range_!r}")
-        if self.mode not in ("official", "unbiased"):
-            raise ValueError(f'mode must be "official" or "unbiased", got {self.mode!r}')
+            _check_range(name, getattr(self, name), limit)
+        _check_mode(self.mode)
 
     def check_grid(self, grid: Grid) -> None:
         """Raise ValueError if sampling on `grid` (rows, columns) could fail or, officially, never end."""
@@ -74,10 +74,7 @@ class MultiBlock:
         """
         grid = tuple(grid)
         _check_grid(self, grid)
-        _check_int("batch_size", batch_size, 1, 2**24)
-        _check_int("seed", seed, 0, 2**63 - 1)
-        _check_int("step", step, 0, 2**32 - 1)
-        _check_int("first_sample", first_sample, 0, 2**32 - 1 - batch_size)
+        _check_call(batch_size, seed, step, first_sample)
         if _masking is None:
             plain = getattr(multiblock_plain, f"sample_{self.mode}")
             return plain(self, grid, seed, step, first_sample, batch_size)
@@ -87,16 +84,22 @@ class MultiBlock:
         return _masks(_masking.sample_official(settings, self.mask_group_size, seed, step, first_sample, batch_size),
                       grid)
 
+    def _next(self, grid: Grid, positions, counter: int, batch_size: int) -> Masks:
+        if isinstance(positions, multiblock_plain.PositionStream):
+            return multiblock_plain.next_official(self, grid, positions, counter, batch_size)
+        return _masks(_masking.next_official(_compiled_settings(self, grid), positions, counter, batch_size), grid)
+
 
 class MultiBlockStream:
-    """The official collator, call after call: one position stream for all batches and a counter that seeds the sizes.
+    """An official collator, call after call: one position stream for all batches and a counter that seeds the sizes.
 
     A new stream equals a new collator after `torch.manual_seed(seed)`, as long as nothing else draws from that
     generator. A whole batch is trimmed together, whatever `mask_group_size` says. `counter` and `draws` are its state:
-    a stream made with the values of another continues it exactly.
+    a stream made with the values of another continues it exactly, also on another grid (clips of several lengths).
     """
 
-    def __init__(self, config: MultiBlock, grid: Grid, *, seed: int, counter: int = 0, draws: int = 0):
+    def __init__(self, config: MultiBlock | MultiBlock3D, grid: tuple[int, ...], *, seed: int, counter: int = 0,
+                 draws: int = 0):
         if config.mode != "official":
             raise ValueError(f'config.mode must be "official" for a stream, got {config.mode!r}')
         config.check_grid(grid)
@@ -115,10 +118,7 @@ class MultiBlockStream:
         """Masks of the next batch."""
         _check_int("batch_size", batch_size, 1, 2**24)
         counter, self.counter = self.counter, self.counter + 1
-        if isinstance(self._positions, multiblock_plain.PositionStream):
-            return multiblock_plain.next_official(self.config, self.grid, self._positions, counter, batch_size)
-        settings = _compiled_settings(self.config, self.grid)
-        return _masks(_masking.next_official(settings, self._positions, counter, batch_size), self.grid)
+        return self.config._next(self.grid, self._positions, counter, batch_size)
 
 
 def find_small_block(grid: Grid, scale: Range, aspect: Range, min_keep: int) -> Size | None:
@@ -168,6 +168,23 @@ def _check_int(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
+def _check_range(name: str, range_: Range, limit: float) -> None:
+    if not isinstance(range_, tuple) or len(range_) != 2 or not 0 < range_[0] <= range_[1] <= limit:
+        raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= {limit:g}, got {range_!r}")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("official", "unbiased"):
+        raise ValueError(f'mode must be "official" or "unbiased", got {mode!r}')
+
+
+def _check_call(batch_size: int, seed: int, step: int, first_sample: int) -> None:
+    _check_int("batch_size", batch_size, 1, 2**24)
+    _check_int("seed", seed, 0, 2**63 - 1)
+    _check_int("step", step, 0, 2**32 - 1)
+    _check_int("first_sample", first_sample, 0, 2**32 - 1 - batch_size)
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled_settings(config: MultiBlock, grid: Grid):
     names = ("num_targets", "num_contexts", "target_scale", "context_scale", "aspect_ratio", "min_keep",
@@ -175,7 +192,7 @@ def _compiled_settings(config: MultiBlock, grid: Grid):
     return _masking.Settings(rows=grid[0], columns=grid[1], **{name: getattr(config, name) for name in names})
 
 
-def _masks(arrays, grid: Grid) -> Masks:
+def _masks(arrays, grid: tuple[int, ...], *, is_paired: bool = False) -> Masks:
     context_idx, context_lengths, target_idx, target_lengths = map(torch.from_numpy, arrays)
     return Masks(context_idx=context_idx, context_lengths=context_lengths, target_idx=target_idx,
-                 target_lengths=target_lengths, num_tokens=grid[0] * grid[1])
+                 target_lengths=target_lengths, num_tokens=math.prod(grid), is_paired=is_paired)
