@@ -19,8 +19,8 @@ def _numbers(g, lengths, *shape):
 
 
 def _rotary(g, P, R):
-    """Any two numbers per column: wider than what rotary positions need (equal angles or not, a sign per column)."""
-    return torch.randn(P, 2, R, generator=g)
+    """Any two numbers in [-1, 1] per column: wider than rotary positions (equal angles or not, a sign per column)."""
+    return 2 * torch.rand(P, 2, R, generator=g) - 1
 
 
 def _attend(name, H, d, lengths, lengths_k=None, *, logits=1.0, scale=None, longer=0, R=0, frame_size=0,
