@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from jepa_fast import ops, testing
-from jepa_fast.ops._define import Implementation, emulate
+from jepa_fast.ops._backends import Implementation, emulate
 
 ARCHS = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float32)

@@ -44,7 +44,7 @@ def test_cu_seqlens(bounds, fits):
 def test_only_where_asked(monkeypatch):
     """On a device checks run within checks_on_device() alone."""
     asked = []
-    monkeypatch.setattr(ops._define, "_tensors", lambda args: iter([on_device([0])]))
+    monkeypatch.setattr(ops._define, "tensors_of", lambda args: iter([on_device([0])]))
     monkeypatch.setattr(ops._define, "choose", lambda *args: type("Row", (), {"function": staticmethod(lambda *a: a[0])}))
     ops._define.define("checked_op(Tensor x) -> Tensor", plain=lambda x: x, check=lambda x: asked.append(1))
     try:

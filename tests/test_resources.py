@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from jepa_fast import ops, testing  # noqa: E402
-from jepa_fast.ops._define import Implementation  # noqa: E402
+from jepa_fast.ops._backends import Implementation  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = [spec.name for spec in testing.OPS.values() if isinstance(ops.TABLE[spec.name]["triton"], Implementation)]

@@ -235,9 +235,9 @@ def test_peers_are_called_as_they_want_to_be():
 
 
 def test_a_gpu_runs_ours_until_a_peer_was_timed(monkeypatch):
-    from jepa_fast.ops import _define
+    from jepa_fast.ops import _backends
 
-    monkeypatch.setattr(_define, "_too_old", lambda language: None)
+    monkeypatch.setattr(_backends, "_too_old", lambda language: None)
     rows = {name: (chosen, others) for name, chosen, others in ops.info("cuda")}
     chosen, others = rows["varlen_attention_qkv"]
     assert chosen in ("triton", "cuda")

@@ -1,6 +1,7 @@
 """The ops: one public function each, checked once, differentiable, one node for torch.compile."""
 
-from ._define import BACKENDS, COMPILED_MISSING, ORDER, TABLE, checks_on_device, info, use_backend, why_not
+from ._backends import COMPILED_MISSING, why_not
+from ._define import BACKENDS, ORDER, TABLE, checks_on_device, info, use_backend
 from .adamw_ema import adamw_ema_, adamw_ema_scalars, adamw_ema_scalars_
 from .assemble_predictor_input import assemble_predictor_input
 from .bias_gelu import bias_gelu

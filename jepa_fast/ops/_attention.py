@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import varlen_attention as reference
 from . import _attention_peers as peers
-from ._define import Implementation, Missing, Slower, compiled, cuda, triton
+from ._backends import Implementation, Missing, Slower, compiled, cuda, triton
 from ._torch_attention import empty_lse, whole_rows
 
 

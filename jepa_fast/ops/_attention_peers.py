@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_attention
-from ._define import Implementation, Slower, not_installed
+from ._backends import Implementation, Slower, not_installed
 from ._torch_attention import whole_rows
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import adamw_ema as reference
-from ._define import Missing, compiled, cuda, define, triton
+from ._backends import Missing, compiled, cuda, triton
+from ._define import define
 from ._tensor_lists import MASTER_DTYPES, check_floating, check_like, mark_changed, why_not_flat
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import assemble_predictor_input as reference
-from ._define import compiled, cuda, define, triton
+from ._backends import compiled, cuda, triton
+from ._define import define
 from .gather_tokens import _check_range
 
 

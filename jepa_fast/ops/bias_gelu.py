@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import bias_gelu as reference
-from ._define import compiled, cuda, define, triton
+from ._backends import compiled, cuda, triton
+from ._define import define
 
 
 def _forward_native(raw, x, bias):

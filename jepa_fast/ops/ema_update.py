@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import ema_update as reference
-from ._define import compiled, cuda, define, triton
+from ._backends import compiled, cuda, triton
+from ._define import define
 from ._tensor_lists import MASTER_DTYPES, check_floating, check_like, mark_changed, why_not_flat
 
 

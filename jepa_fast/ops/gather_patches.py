@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..reference import gather_patches as reference
-from ._define import compiled, cuda, define, triton
+from ._backends import compiled, cuda, triton
+from ._define import define
 from .gather_tokens import _check_range
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import gather_tokens as reference
-from ._define import compiled, cuda, define, triton
+from ._backends import compiled, cuda, triton
+from ._define import define
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import layer_norm as reference
-from ._define import Missing, cuda, define, triton
+from ._backends import Missing, cuda, triton
+from ._define import define
 
 _CPU = Missing("not written: plain calls PyTorch's own layer_norm")
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..reference import multiblock as reference
-from ._define import Missing, define, triton
+from ._backends import Missing, triton
+from ._define import define
 
 TILE = 2**15  # blocks times tokens, both rounded up to a power of two, that a program of the Triton kernel holds
 

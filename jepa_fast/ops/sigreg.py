@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..reference import sigreg as reference
 from ..reference.quadrature import Quadrature
-from ._define import Missing, compiled, define, triton
+from ._backends import Missing, compiled, triton
+from ._define import define
 from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 

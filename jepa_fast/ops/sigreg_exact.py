@@ -6,7 +6,8 @@ from torch import Tensor
 from ..reference import sigreg_exact as reference
 from ..reference.quadrature import Quadrature
 from ..reference.sigreg import accumulation_dtype
-from ._define import Missing, define
+from ._backends import Missing
+from ._define import define
 from .sigreg import OFFICIAL, check_choice, check_rows, count_rows, to_groups
 
 _NO_OTHER = dict.fromkeys(("cpp", "triton", "cuda"), Missing("float64 products, which plain PyTorch leaves to BLAS"))

@@ -53,10 +53,10 @@ def build() -> pathlib.Path:
 
 def install() -> None:
     """Backend "cuda" takes CPU tensors from here on."""
-    from jepa_fast.ops import _define
+    from jepa_fast.ops import _backends
 
     torch.ops.load_library(str(build()))
-    _define.emulate("cuda", torch.ops.jepa_fast_cuda_host)
+    _backends.emulate("cuda", torch.ops.jepa_fast_cuda_host)
 
 
 def _digest(common, *sources: pathlib.Path) -> str:
