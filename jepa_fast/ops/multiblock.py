@@ -19,7 +19,7 @@ define("multiblock(Tensor step, int seed, int first_sample, SymInt batch_size, i
        "int num_contexts, float[] target_scale, float[] context_scale, float[] aspect_ratio, int min_keep, "
        "bool allow_overlap) -> Tensor",
        plain=reference.multiblock, cpp=Missing("on the CPU masking.MultiBlock samples, in C++"),
-       triton=triton("multiblock", supports=_fits), cuda=Missing("some microseconds per batch in Triton"))
+       triton=triton("multiblock", supports=_fits), cuda=Missing("Triton's is one short launch"))
 
 
 @torch.library.register_fake("jepa_fast::multiblock")
