@@ -14,8 +14,9 @@ from jepa_fast.info import versions
 from .gpu_cases import GpuCase, all_cases, arguments_of
 from .gpu_timing import Timer, measure_ceilings
 from .measure import provenance
-from .on_gpu import Rows
+from .on_gpu import PART, Rows
 
+DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)  # what is cut off by a time limit comes last
 OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}
 
 
@@ -31,16 +32,18 @@ def ceilings(arguments: argparse.Namespace) -> None:
 
 
 def prove(arguments: argparse.Namespace) -> None:
-    """Every case x backend x dtype of one op against float64; then the shapes to be timed once, so that they compile."""
-    device, spec = device_of(arguments), testing.OPS[arguments.op]
-    rows = Rows(arguments.out / f"prove-{spec.name}.jsonl")
-    cases = spec.cases[:2] if arguments.rehearse else spec.cases
-    for backend in [name for name in spec.backends(device) if name != "plain"]:
-        for case in cases:
-            for dtype in dict.fromkeys((*spec.dtypes, torch.float16)):
+    """Some cases of one op x backend x dtype against float64; with the first of them, the shapes to be timed, once, so that
+    they compile."""
+    name, _, first = arguments.op.rpartition("-")
+    device, spec = device_of(arguments), testing.OPS[name]
+    rows = Rows(arguments.out / f"prove-{arguments.op}.jsonl")
+    cases = spec.cases[int(first):int(first) + (2 if arguments.rehearse else PART)]
+    for dtype in sorted({*spec.dtypes, torch.float16}, key=DTYPES.index):
+        for backend in [backend for backend in spec.backends(device) if backend != "plain"]:
+            for case in cases:
                 key = f"{spec.name} {case} {backend} {str(dtype).removeprefix('torch.')}"
                 rows.measure(key, partial(_prove, spec, case, backend, dtype, device))
-    if not arguments.rehearse:
+    if int(first) == 0 and not arguments.rehearse:
         for case in [case for case in all_cases() if case.op == spec.name]:
             rows.measure(f"compile {case.name}", partial(_compile, case, device))
 

@@ -21,7 +21,8 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIMIT_S = {"build": 110, "ceilings": 30, "prove": 130, "time": 110, "sweep": 80, "sanitize": 40}
-WORKERS = 8  # of the proofs: they share the GPU, and compiling is what takes their time
+WORKERS = 14   # of the proofs: they share the GPU, and compiling is what takes their time
+PART = 6       # cases that one of them proves
 
 
 class Rows:
@@ -93,13 +94,13 @@ def build(arguments: argparse.Namespace) -> None:
 
 
 def prove(arguments: argparse.Namespace) -> None:
-    """A process per op, several at a time."""
+    """Processes for parts of the cases of an op, several at a time: the first parts of all ops, then the second ones."""
     from jepa_fast import testing
 
-    waiting = [spec.name for spec in testing.OPS.values() if arguments.op in spec.name]
-    if arguments.rehearse:
-        waiting = waiting[:2]
-    side_by_side("prove", waiting, arguments, LIMIT_S["prove"])
+    parts = [(first, spec.name) for spec in testing.OPS.values() if arguments.op in spec.name
+             for first in range(0, len(spec.cases), PART)]
+    waiting = [f"{name}-{first}" for first, name in sorted(parts)]
+    side_by_side("prove", waiting[:2] if arguments.rehearse else waiting, arguments, LIMIT_S["prove"])
 
 
 def side_by_side(stage: str, waiting: list[str], arguments: argparse.Namespace, limit_s: float) -> None:
