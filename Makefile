@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/jepa-fast train lejepa_mnist --eval
 
 test: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
 # on a machine with a GPU, with whatever torch and triton are there: nothing is installed
 gpu-test:

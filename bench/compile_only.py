@@ -123,12 +123,12 @@ def compile_only(arch: int) -> Iterator[dict]:
 
 def resources(name: str, kernel, arch: int) -> Resources:
     """Registers, spills, shared memory and tensor-core instructions of a compiled kernel."""
+    products = re.findall(r"tt\.dot .*", kernel.asm["ttir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(TOOLS / "cuobjdump", "-res-usage", file.name)
-        sass = _run(TOOLS / "nvdisasm", "-c", file.name)
-    products = re.findall(r"tt\.dot .*", kernel.asm["ttir"])
+        sass = _run(TOOLS / "nvdisasm", "-c", file.name) if products else ""
     registers, stack = (int(re.search(key + r":(\d+)", usage).group(1)) for key in ("REG", "STACK"))
     return Resources(
         kernel=name, arch=arch, registers=registers, spill_bytes=_spill_bytes(kernel, arch) if stack else 0,
