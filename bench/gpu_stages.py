@@ -198,10 +198,21 @@ def _timed(rows: Rows, timer: Timer, case: GpuCase, what: str, calls: dict[str, 
     if what != "forward":
         moved, flops, exponentials = moved + case.backward[0], flops + case.backward[1], 2 * exponentials
     for name, spent in timer.interleaved(calls).items():
+        peak_mb = _peak_mb(calls[name]) if timer.is_cuda else None
         rows.add(f"{case.op} {case.name} {what} {name}", op=case.op, case=case.name, what=what, provider=name,
                  us=spent.cold, p20=spent.p20, p80=spent.p80, warm_us=spent.warm, graph_us=spent.graph, bytes=moved,
-                 flops=flops, exponentials=exponentials)
+                 flops=flops, exponentials=exponentials, peak_mb=peak_mb)
     return {}
+
+
+def _peak_mb(call: Callable) -> float:
+    """Most memory that a call took, above what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def sanitized(arguments: argparse.Namespace) -> None:

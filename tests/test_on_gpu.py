@@ -91,6 +91,9 @@ def test_floor_and_goals():
     met = {goal["op"]: goal for goal in goals([row])}
     assert met["gather_tokens"]["measured"] == 0.8 and met["gather_tokens"]["met"] is False
     assert met["sigreg_sums"]["measured"] is None
+    memory = row | {"op": "sigreg_sums", "case": "tokens-1x65536x384-k1024", "what": "forward and backward", "peak_mb": 80.0}
+    (goal,) = [goal for goal in goals([memory]) if goal["against"] == "100 MB"]
+    assert goal["measured"] == 1.25 and goal["met"] is True
 
 
 def test_sweep(tmp_path, monkeypatch):
