@@ -63,10 +63,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 def batches(recipe):
-    from jepa_fast.data import load_batches
-
-    return load_batches(recipe.data.build(), recipe.data.transform, global_batch_size=recipe.train.batch_size,
-                        seed=recipe.train.seed)
+    return recipe.data.batches(recipe.data.build(), global_batch_size=recipe.train.batch_size, seed=recipe.train.seed)
 
 
 @pytest.mark.parametrize("name", ALL)

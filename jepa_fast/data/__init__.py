@@ -1,7 +1,7 @@
 """Batches: data sets of images, their random views, and the loader."""
 
-from .images import BadFile, ImageFolder, ImageFolderData
-from .loader import BadFiles, load_batches, load_in_order, steps_per_epoch
+from .images import ImageFolder, ImageFolderData
+from .loader import BadFile, BadFiles, load_batches, load_in_order, steps_per_epoch
 from .mnist import Mnist, MnistData
 from .synthetic import SyntheticData, SyntheticImages
 from .tensor_augment import TensorAugment

@@ -6,6 +6,7 @@ A data set here is an object with `len()`, `image(i)` (PIL image, or uint8 tenso
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .loader import BadFile, Batch, load_batches
 from .transforms import AsIs, EvalTransform, IjepaTransform, Transform
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MODES = {1: "L", 3: "RGB"}
 # what a machine runs out of is no fault of the file
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-class BadFile(ValueError):
-    """A file that is not a readable image; the message names it."""
 
 
 class ImageFolder:
@@ -134,3 +132,8 @@ class ImageFolderData:
         if not self.root:
             raise ValueError("data.root is empty: pass --data.root FOLDER")
         return ImageFolder(self.root, self.in_chans)
+
+    def batches(self, dataset, **run) -> Iterator[Batch]:
+        """Training batches; `run` as `load_batches` takes it."""
+        return load_batches(dataset, self.transform, num_workers=self.num_workers,
+                            max_bad_fraction=self.max_bad_fraction, **run)

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .images import BadFile
 from .pixels import normalise, to_uint8
 from .seeds import generator_for, mix_seed
 from .tensor_augment import TensorAugment
 from .transforms import Transform
 
 Batch = dict[str, Any]
+
+
+class BadFile(ValueError):
+    """A file that cannot be read as what it should be; the message names it."""
 
 
 def load_batches(dataset, transform: Transform | TensorAugment, *, global_batch_size: int, seed: int = 0,

@@ -1,10 +1,12 @@
 """Random images that need no file: for benches and tests."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .loader import Batch, load_batches
 from .seeds import generator_for
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, AsIs, Transform
 
@@ -48,3 +50,7 @@ class SyntheticData:
 
     def build(self) -> SyntheticImages:
         return SyntheticImages(self.num_images, self.image_size, self.in_chans, self.num_classes, self.seed)
+
+    def batches(self, dataset, **run) -> Iterator[Batch]:
+        """Training batches; `run` as `load_batches` takes it."""
+        return load_batches(dataset, self.transform, num_workers=self.num_workers, **run)

@@ -11,16 +11,19 @@ from ..ops import bias_gelu, gather_tokens, varlen_attention, varlen_attention_q
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where sequences begin and end among packed tokens [P, D]."""
+    """Where sequences begin and end among packed tokens [P, D], and how their tokens attend to each other."""
 
-    cu_seqlens: Tensor  # [S + 1] int32
+    cu_seqlens: Tensor              # [S + 1] int32
     max_seqlen: int
+    rotary: Tensor | None = None    # [P, 2, R] float32 from `rotary_table`: turns queries and keys of every block
+    frame_size: int = 0             # F > 0: tokens attend to their own frame of F tokens and to earlier ones
 
     @staticmethod
-    def uniform(num_sequences: int, length: int, device: torch.device) -> "Sequences":
-        """S sequences of one length."""
+    def uniform(num_sequences: int, length: int, device: torch.device, rotary: Tensor | None = None,
+                frame_size: int = 0) -> "Sequences":
+        """S sequences of one length; `rotary` of the S * length tokens."""
         ends = torch.arange(0, (num_sequences + 1) * length, max(length, 1), dtype=torch.int32, device=device)
-        return Sequences(ends[: num_sequences + 1], length)
+        return Sequences(ends[: num_sequences + 1], length, rotary, frame_size)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -42,17 +45,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         P, D = x.shape
         qkv = self.qkv(x).view(P, 3, self.num_heads, D // self.num_heads)
-        out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen)
+        out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen, rotary=sequences.rotary,
+                                   frame_size=sequences.frame_size)
         return self.proj(out.view(P, D))
 
     def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
         """Rows `rows` [Q] of forward(x): only they are queries; every row of x [P, D] is a key and a value."""
+        if sequences.frame_size:
+            raise ValueError("of_rows is for full attention, got frame-causal sequences")
         P, D = x.shape
+        rotary = sequences.rotary
         heads = (self.num_heads, D // self.num_heads)
         q = F.linear(gather_tokens(x, rows), self.qkv.weight[:D], self.qkv.bias[:D])
         k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(P, 2, *heads).unbind(1)
         out = varlen_attention(q.view(-1, *heads), k, v, row_sequences.cu_seqlens, row_sequences.max_seqlen,
-                               sequences.cu_seqlens, sequences.max_seqlen)
+                               sequences.cu_seqlens, sequences.max_seqlen, rotary_k=rotary,
+                               rotary_q=None if rotary is None else rotary[rows])
         return self.proj(out.view(-1, D))
 
 

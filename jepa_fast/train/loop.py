@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import load_batches, steps_per_epoch
+from ..data import steps_per_epoch
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from . import distributed
@@ -33,9 +33,8 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     model = wrap(objective, world)
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
     run.start(step, num_steps)
-    batches = load_batches(dataset, recipe.data.transform, global_batch_size=config.batch_size, seed=config.seed,
-                           start_step=step, num_steps=num_steps, rank=world.rank, world_size=world.size,
-                           num_workers=recipe.data.num_workers, device=world.device)
+    batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,
+                                  num_steps=num_steps, rank=world.rank, world_size=world.size, device=world.device)
     try:
         for batch in batches:
             settings = set_schedules(optimizer, recipe, step, horizon)
@@ -60,12 +59,12 @@ def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Reci
     """Forward and backward over the micro-batches of one step; the mean of what they return, detached."""
     count, totals = recipe.train.accumulate, {}
     for i, micro in enumerate(micro_batches(batch, count)):
-        size = len(micro["labels"])
+        size = len(micro["index"])
         micro = objective.prepare(micro, seed=recipe.train.seed, step=step, first_sample=first_sample + i * size)
         is_last = i == count - 1
         silent = model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last \
             else contextlib.nullcontext()
-        device_type = micro["labels"].device.type
+        device_type = next(objective.parameters()).device.type
         with silent, torch.autocast(device_type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
             losses = model(micro)
             (losses["loss"] / count).backward()
@@ -77,17 +76,21 @@ def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Reci
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    """Cut a batch into `count` equal parts, keeping order."""
+    """Cut a batch into `count` equal parts, keeping order: every tensor by its rows, and every tensor of a list."""
     if count == 1:
         return [batch]
-    images, B = batch["images"], len(batch["labels"])
-    size = B // count
-    parts = []
-    for i in range(count):
-        rows = slice(i * size, (i + 1) * size)
-        cut = [view[rows] for view in images] if isinstance(images, list) else images[rows]
-        parts.append(batch | {"images": cut, "labels": batch["labels"][rows], "index": batch["index"][rows]})
-    return parts
+    size = len(batch["index"]) // count
+
+    def cut(value, rows: slice):
+        if isinstance(value, Tensor):
+            return value[rows]
+        return [cut(item, rows) for item in value] if isinstance(value, list) and _is_tensors(value) else value
+
+    return [{key: cut(value, slice(i * size, (i + 1) * size)) for key, value in batch.items()} for i in range(count)]
+
+
+def _is_tensors(values: list) -> bool:
+    return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
 def build_optimizer(recipe: Recipe, objective: nn.Module) -> AdamWEMA:
