@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "planning": {"reference", "ops", "nn", "models", "objectives", "data"},
     "nn": {"ops"},
     "tokenizers": {"nn", "ops"},
-    "models": {"tokenizers", "nn", "ops"},
+    "models": {"tokenizers", "nn", "ops", "masking"},
     "objectives": {"models", "tokenizers", "nn", "optim", "ops", "masking"},
     "recipes": {"objectives", "models", "nn", "optim", "masking", "data"},
     "eval": {"recipes", "objectives", "models", "data", "info", "train"},
