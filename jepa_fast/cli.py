@@ -174,7 +174,7 @@ def list_recipes(argv: list[str]) -> None:
     for name, make in sorted(recipes.all_recipes().items()):
         recipe = make()
         millions = count_parameters(recipe) / 1e6
-        print(f"{name:22s} {millions:7.1f} M  {recipe.paper:18s} {recipe.summary}")
+        print(f"{name:28s} {millions:7.1f} M  {recipe.paper:18s} {recipe.summary}")
 
 
 def count_parameters(recipe) -> int:
