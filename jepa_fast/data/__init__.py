@@ -3,8 +3,10 @@
 from .clip_transform import ClipTransform, EvalClipTransform
 from .clips import ClipSampling
 from .images import ImageFolder, ImageFolderData
+from .impossible import ImpossiblePairs
 from .loader import BadFile, BadFiles, load_batches, load_in_order, steps_per_epoch
 from .mnist import Mnist, MnistData
+from .moving_digits import MovingDigits, MovingDigitsData
 from .shards import VideoShards
 from .synthetic import SyntheticData, SyntheticImages, SyntheticVideoData, SyntheticVideos
 from .tensor_augment import TensorAugment
@@ -12,6 +14,7 @@ from .transforms import AsIs, EvalTransform, IjepaTransform, MultiCrop, lejepa_m
 from .video import VideoData, VideoFolder, VideoList
 
 __all__ = ["AsIs", "BadFile", "BadFiles", "ClipSampling", "ClipTransform", "EvalClipTransform", "EvalTransform",
-           "IjepaTransform", "ImageFolder", "ImageFolderData", "Mnist", "MnistData", "MultiCrop", "SyntheticData",
-           "SyntheticImages", "SyntheticVideoData", "SyntheticVideos", "TensorAugment", "VideoData", "VideoFolder",
-           "VideoList", "VideoShards", "lejepa_minimal_views", "load_batches", "load_in_order", "steps_per_epoch"]
+           "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mnist", "MnistData", "MovingDigits",
+           "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages", "SyntheticVideoData", "SyntheticVideos",
+           "TensorAugment", "VideoData", "VideoFolder", "VideoList", "VideoShards", "lejepa_minimal_views", "load_batches",
+           "load_in_order", "steps_per_epoch"]
