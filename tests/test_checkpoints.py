@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_data import golden, under
+from golden_data import error, golden, under
 from official_files import FRAMES, HEADS, PATCH, SIDE, D, official_file, roles
 from test_ijepa import batch_of, build
 from torch import nn
@@ -96,23 +96,16 @@ def test_mask_tokens_change_in_number_only_where_asked(tmp_path):
     assert not more.mask_tokens[4].any()
 
 
-@pytest.mark.parametrize("name, family", [("vjepa_model", "vjepa"), ("vjepa2_model_a", "vjepa2")])
-def test_encoders_from_files_alone_compute_what_the_official_ones_do(name, family, tmp_path):
-    """Golden weights in an official file; the encoder is built from it without a config, and compared by value."""
+@pytest.mark.parametrize("name, family, heads", [("vjepa_model", "vjepa", 3), ("vjepa2_model_a", "vjepa2", 4)])
+def test_encoders_from_files_alone_compute_what_the_official_ones_do(name, family, heads, tmp_path):
+    """Golden weights in an official file; the encoder is built from the file without a config."""
     data = golden(name)
-    states = {role: under(data, f"weights/{role}/") for role in ("encoder", "predictor", "target_encoder")}
-    file = {role: {f"module.{key}": value for key, value in state.items()} for role, state in states.items()}
+    file = {role: {f"module.{key}": value for key, value in under(data, f"weights/{role}/").items()}
+            for role in ("encoder", "predictor", "target_encoder")}
     path = saved(tmp_path, file)
-    assert read(path).family == family
-    heads = {"vjepa_model": 3, "vjepa2_model_a": 4}[name]
     encoder = load_encoder(path, num_heads=heads)
-    assert encoder.config.positions == ("sincos" if family == "vjepa" else "rotary")
-    own = VideoTransformerConfig(**{f: getattr(encoder.config, f) for f in
-                                    ("image_size", "num_frames", "patch_size", "tubelet_size", "embed_dim", "depth",
-                                     "num_heads", "mlp_ratio", "positions")}).build()
-    own.load_state_dict(strip(states["target_encoder"]))
-    clips = torch.randn(2, 3, encoder.config.num_frames, *2 * (encoder.config.image_size,))
-    assert torch.equal(encoder(clips), own(clips))
+    assert read(path).family == family
+    assert error(encoder(data["input/step1/pixels"]), data["out/target_full"]) < 5e-6
     if family == "vjepa":  # 75 tokens: 3 time steps of 5 x 5, told by the table
         assert encoder.config.grid == (3, 5, 5)
 
