@@ -81,10 +81,16 @@ def test_i_jepa_from_hugging_face(tmp_path):
     assert_equal(hf_ijepa.from_hf(theirs.state_dict())["encoder"], ours.state_dict())
     names = "memory" if "layers.0.mlp.fc1.weight" in theirs.state_dict() else "disk"
     assert_equal(hf_ijepa.to_hf({"encoder": ours.state_dict()}, names), theirs.state_dict())
-    torch.save(theirs.state_dict(), tmp_path / "state.pt")
-    found = read(tmp_path / "state.pt")
-    assert (found.format, found.family) == ("hf", "ijepa")
-    assert_equal(found.roles["encoder"], ours.state_dict())
+    torch.save(theirs.state_dict(), tmp_path / "state.pt", _use_new_zipfile_serialization=False)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    (tmp_path / "bin").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "bin")
+    torch.save(hf_ijepa.to_hf({"encoder": ours.state_dict()}), tmp_path / "bin" / "pytorch_model.bin")
+    for name in ("state.pt", "shards", "bin", "hf/model.safetensors"):
+        found = read(tmp_path / name)
+        assert (found.format, found.family) == ("hf", "ijepa")
+        assert_equal(found.roles["encoder"], ours.state_dict())
 
 
 def test_i_jepa_classifier(tmp_path):
@@ -202,7 +208,8 @@ def test_official_to_safetensors_and_back(family, tmp_path):
     assert again.keys() == file.keys()
     for role in roles(family):
         assert_equal(again[role], file[role])
-    alone = read(tmp_path / "weights" / "target_encoder.safetensors", family=family)
+    alone = read(tmp_path / "weights" / "target_encoder.safetensors")
+    assert alone.family == family and list(alone.roles) == ["target_encoder"]
     assert_equal(alone.roles["target_encoder"], roles(family)["target_encoder"])
 
 
@@ -272,11 +279,12 @@ def test_command_line(tmp_path, capsys):
     assert "encoder of" in out and "blocks.0-1.attn.qkv.weight" in out and "predictor is left out" in out
     assert f"written: {target}" in out
     assert "exists already: pass force (--force)" in fails(capsys, *command[1:])
-    (target / "stale").touch()
-    assert main([*command, "--force"]) == 0 and not (target / "stale").exists()
+    (target / "stale.safetensors").touch()
+    assert main([*command, "--force"]) == 0 and not (target / "stale.safetensors").exists()
     capsys.readouterr()
     assert_equal(read(target).roles["encoder"], roles("ijepa")["encoder"])
     assert "no file" in fails(capsys, tmp_path / "vitg.pt", "x", "--to", "hf")
+    assert "takes every role, got which='encoder'" in fails(capsys, path, "x", "--to", "ours", "--which", "encoder")
     assert "pass recipe (--recipe NAME" in fails(capsys, path, tmp_path / "run", "--to", "ours")
     assert "unknown recipe 'ijepa'" in fails(capsys, path, tmp_path / "run", "--to", "ours", "--recipe", "ijepa")
     assert "has no ema_encoder; it holds encoder, predictor, target_encoder" in fails(
@@ -292,14 +300,17 @@ def test_a_target_appears_whole_or_stays_as_it_was(tmp_path):
     folder = tmp_path / "target"
     with whole(folder) as path:
         path.mkdir()
-        (path / "a").write_text("first")
+        (path / "config.json").write_text("first")
     with pytest.raises(RuntimeError), whole(folder, force=True) as path:
         path.mkdir()
         raise RuntimeError("killed half-way")
-    assert (folder / "a").read_text() == "first" and [item.name for item in tmp_path.iterdir()] == ["target"]
+    assert (folder / "config.json").read_text() == "first" and [item.name for item in tmp_path.iterdir()] == ["target"]
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds thesis.tex, which is not replaced"), whole(folder, force=True):
+        pass
+    (folder / "thesis.tex").unlink()
     with whole(folder, force=True) as path:
         path.write_text("a file now")
     assert folder.read_text() == "a file now" and [item.name for item in tmp_path.iterdir()] == ["target"]
     with pytest.raises(ValueError, match="exists already"), whole(folder):
         pass
-    shutil.rmtree(tmp_path)

@@ -1,6 +1,5 @@
 """From any checkpoint to any other: `jepa-fast convert`."""
 
-import csv
 import json
 import pathlib
 from typing import Any
@@ -38,6 +37,8 @@ def convert(source: str | pathlib.Path, target: str | pathlib.Path, to: str, *, 
     if to == "hf":
         return to_hugging_face(file, target, which=which or "target_encoder", encoder=encoder, predictor=predictor,
                                force=force)
+    if which is not None:
+        raise ValueError(f"a run folder takes every role, got which={which!r}")
     if recipe is None:
         raise ValueError("a run folder is made for a recipe: pass recipe (--recipe NAME or RUN/recipe.yaml)")
     return to_run(file, target, recipe, resize_mask_tokens=resize_mask_tokens, force=force)
@@ -57,12 +58,13 @@ def to_official(file: Foreign, target: pathlib.Path, *, which: str | None = None
 
 def progress(file: Foreign) -> dict:
     """epoch, loss and lr of a run, from its metrics.csv and its optimizer."""
+    from ..train.run import read_metrics
+
     out = {}
     for folder in (pathlib.Path(file.path), pathlib.Path(file.path).parent.parent):
         if file.format == "run" and (folder / "metrics.csv").is_file():
-            with open(folder / "metrics.csv", newline="") as rows:
-                row = list(csv.DictReader(rows))[-1]
-            out = {"epoch": int(float(row["epoch"])), "loss": float(row["loss"])}
+            rows = read_metrics(folder / "metrics.csv")
+            out = {"epoch": int(float(rows[-1]["epoch"])), "loss": float(rows[-1]["loss"])} if rows else {}
             break
     if file.other.get("opt"):
         out["lr"] = file.other["opt"]["param_groups"][0]["lr"]

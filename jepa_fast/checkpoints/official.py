@@ -8,7 +8,7 @@ parameters, frozen tables counted.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -90,12 +90,16 @@ def objective_of(roles: Mapping[str, State]) -> State:
             for role, state in roles.items() for name, value in state.items()}
 
 
-def optimizer_names(roles: Mapping[str, State]) -> list[list[str]]:
-    """Names "role.parameter" of the official groups, in the order of a file's or a module's state dicts."""
-    def names(role: str, is_bias: bool) -> list[str]:
-        return [f"{role}.{name}" for name, value in roles[role].items() if ("bias" in name or value.dim() == 1) == is_bias]
+def optimizer_groups(roles: Iterable[str]) -> list[tuple[bool, str]]:
+    """(holds biases, role) of the official groups."""
+    roles = list(roles)
+    return [(is_bias, role) for is_bias in (False, True) for role in roles]
 
-    return [names(role, is_bias) for is_bias in (False, True) for role in roles]
+
+def optimizer_names(roles: Mapping[str, State]) -> list[list[str]]:
+    """Names "role.parameter" of each group, in the order of a file's or a module's state dicts."""
+    return [[f"{role}.{name}" for name, value in roles[role].items() if ("bias" in name or value.dim() == 1) == is_bias]
+            for is_bias, role in optimizer_groups(roles)]
 
 
 def renumbered(optimizer: dict, theirs: list[list[str]], ours: list[list[str]]) -> dict[int, dict]:

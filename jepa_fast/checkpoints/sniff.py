@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -58,6 +58,8 @@ def read(path: str | pathlib.Path, *, family: str | None = None) -> Foreign:
         raise ValueError(_absent(path))
     elif path.suffix == ".safetensors":
         format, roles, config, other = _tensors(path, _load_safetensors(path))
+        said = _metadata(path).get("family")
+        family = family or (said if said in official.PREFIXES else None)
     else:
         format, roles, config, other = _pickled(path)
     try:
@@ -128,9 +130,12 @@ def _tensors(path: pathlib.Path, state: State) -> Parts:
             config = path.with_name("config.json")
             fields = reader.config_from_hf(json.loads(config.read_text())) if config.is_file() else {}
             return "hf", reader.from_hf(state), fields, {}
-    role = path.stem if path.stem in official.ROLES and path.suffix == ".safetensors" else None
+    if path.suffix == ".safetensors" and "role" in _metadata(path):
+        config = path.with_name("config.json")
+        fields = json.loads(config.read_text())["config"] if config.is_file() else {}
+        return "safetensors", {_metadata(path)["role"]: state}, fields, {}
     if "patch_embed.proj.weight" in state:
-        return "weights", {role or "encoder": state}, {}, {}
+        return "weights", {"encoder": state}, {}, {}
     if "predictor_embed.weight" in state or "predictor_embed.0.weight" in state:
         return "weights", {"predictor": state}, {}, {}
     if any(name.startswith("encoder.patch_embed.") for name in state):
@@ -152,6 +157,11 @@ def _load_safetensors(path: pathlib.Path) -> State:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {str(error).splitlines()[0]}") from error
+
+
+def _metadata(path: pathlib.Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def _absent(path: pathlib.Path) -> str:
