@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from jepa_fast import recipes
-from jepa_fast.data import SyntheticData
+from jepa_fast.data import SyntheticData, SyntheticTrajectoryData
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.resnet import ResNetConfig
+from jepa_fast.objectives.action_conditioned import ActionConditionedConfig
 from jepa_fast.objectives.lejepa import LeJEPAConfig
 from jepa_fast.train.loop import train
 
@@ -20,6 +21,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "recipe_losses.json"
 
 def shrink(recipe: recipes.Recipe) -> recipes.Recipe:
     """The recipe with a narrow, shallow model, few synthetic images and a small batch; all else as it is."""
+    if isinstance(recipe.objective, ActionConditionedConfig):
+        return shrink_ac(recipe)
     objective, data = recipe.objective, recipe.data
     encoder = objective.encoder
     small = {"num_outputs": min(encoder.num_outputs, 16)}
@@ -39,6 +42,18 @@ def shrink(recipe: recipes.Recipe) -> recipes.Recipe:
                               transform=data.transform)
     return dataclasses.replace(
         recipe, objective=dataclasses.replace(objective, **changes), data=synthetic,
+        train=dataclasses.replace(recipe.train, batch_size=8, precision="fp32", device="cpu", max_steps=3, log_every=1))
+
+
+def shrink_ac(recipe: recipes.Recipe) -> recipes.Recipe:
+    """A random frozen encoder of 4 x 4 patches, and noise for trajectories."""
+    encoder = dataclasses.replace(recipe.objective.encoder, image_size=64, embed_dim=44, depth=1, num_heads=2)
+    predictor = dataclasses.replace(recipe.objective.predictor, embed_dim=12 * recipe.objective.predictor.num_heads, depth=2)
+    data = SyntheticTrajectoryData(num_files=16, num_frames=recipe.data.num_frames, num_workers=0,
+                                   crop=dataclasses.replace(recipe.data.crop, image_size=64))
+    return dataclasses.replace(
+        recipe, data=data,
+        objective=dataclasses.replace(recipe.objective, encoder=encoder, predictor=predictor, encoder_weights="random"),
         train=dataclasses.replace(recipe.train, batch_size=8, precision="fp32", device="cpu", max_steps=3, log_every=1))
 
 

@@ -98,6 +98,10 @@ class Trajectories:
     def __len__(self) -> int:
         return self.num_clips
 
+    @property
+    def num_files(self) -> int:
+        return len(self.paths)
+
     def clip(self, index: int, generator: torch.Generator, features=None) -> dict[str, Tensor]:
         """A random clip of file `index`: states [T, 7], actions [T - 1, 7] float32, frames [T, h, w, 3] uint8, cut; or
         "features" [T, n, D] where features(index, slice of frames) is given."""

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .feature_cache import FeatureCache
 from .loader import BadFile, BadFiles, Batch, steps_per_epoch
+from .poses import pose_difference
 from .seeds import generator_for
-from .trajectories import CentreCrop, Trajectories
+from .trajectories import STATE_DIM, CentreCrop, Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,40 @@ class TrajectoryData:
         if start_step < 0 or self.num_workers < 0:
             raise ValueError(f"start_step and num_workers must be at least 0, got {start_step} and {self.num_workers}")
         cache = FeatureCache.open(self.features, dataset) if self.features else None
-        rows = _Rows(len(dataset.paths), seed, global_batch_size, rank, world_size, start_step, num_steps)
+        rows = _Rows(dataset.num_files, seed, global_batch_size, rank, world_size, start_step, num_steps)
         samples = _Clips(dataset, seed, cache, self.max_bad_fraction)
         loader = DataLoader(samples, batch_sampler=rows, collate_fn=list, num_workers=self.num_workers,
                             generator=torch.Generator(), pin_memory=torch.device(device).type == "cuda")
-        return _finished(loader, dataset, cache, BadFiles(len(dataset.paths), self.max_bad_fraction), device)
+        return _finished(loader, dataset, cache,
+                         BadFiles(dataset.num_files, self.max_bad_fraction, "trajectories"), device)
+
+
+class SyntheticTrajectories:
+    """`num_files` trajectories of noise that need no file; clip i depends on (generator, i) alone."""
+
+    in_chans = 3
+
+    def __init__(self, data: "SyntheticTrajectoryData"):
+        self.num_files, self.num_frames, self.crop = data.num_files, data.num_frames, data.crop
+
+    def __len__(self) -> int:
+        return self.num_files
+
+    def clip(self, index: int, generator: torch.Generator, features=None) -> dict[str, Tensor]:
+        T, S = self.num_frames, self.crop.image_size
+        states = torch.randn(T, STATE_DIM, generator=generator, dtype=torch.float64)
+        return {"states": states.float(), "actions": pose_difference(states[:-1], states[1:]).float(),
+                "frames": torch.randint(0, 256, (T, S, S, 3), dtype=torch.uint8, generator=generator)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticTrajectoryData(TrajectoryData):
+    """Noise, for benches and tests."""
+
+    num_files: int = 1000
+
+    def build(self) -> SyntheticTrajectories:
+        return SyntheticTrajectories(self)
 
 
 class _Rows:
@@ -89,13 +120,13 @@ class _Clips:
     def __init__(self, dataset: Trajectories, seed: int, cache: FeatureCache | None, max_bad_fraction: float):
         self.dataset, self.seed, self.cache = dataset, seed, cache
         # one search that meets more unreadable files than this has settled the matter
-        self.max_bad = max(1, max_bad_fraction * len(dataset.paths))
+        self.max_bad = max(1, max_bad_fraction * dataset.num_files)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         permutation, index = key
         bad, rows = [], None if self.cache is None else self.cache.rows
-        for place in range(index, index + len(self.dataset.paths)):
-            place %= len(self.dataset.paths)
+        for place in range(index, index + self.dataset.num_files):
+            place %= self.dataset.num_files
             try:
                 clip = self.dataset.clip(place, generator_for(self.seed, permutation, place), rows)
             except BadFile as error:
@@ -111,7 +142,6 @@ class _Clips:
 
 def _finished(loader: DataLoader, dataset: Trajectories, cache: FeatureCache | None, bad_files: BadFiles,
               device: torch.device | str) -> Iterator[Batch]:
-    bad_files.noun = "trajectories"
     for samples in loader:
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:

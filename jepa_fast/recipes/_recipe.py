@@ -10,17 +10,27 @@ from typing import Literal
 import pydantic
 import yaml
 
-from ..data import ImageFolderData, MnistData, MovingDigitsData, SyntheticData, SyntheticVideoData, VideoData
+from ..data import (
+    ImageFolderData,
+    MnistData,
+    MovingDigitsData,
+    SyntheticData,
+    SyntheticTrajectoryData,
+    SyntheticVideoData,
+    TrajectoryData,
+    VideoData,
+)
+from ..objectives.action_conditioned import ActionConditionedConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
-from ..optim.schedules import Constant, Cosine, WarmupCosine
+from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosine
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with decoupled decay; biases and one-dimensional parameters do not decay unless told to."""
 
-    lr: WarmupCosine
+    lr: WarmupCosine | WarmupConstantLinear
     weight_decay: Cosine | Constant
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -49,8 +59,9 @@ class Recipe:
     name: str
     paper: str
     summary: str                               # one line, for `jepa-fast recipes`
-    objective: LatentPredictionConfig | LeJEPAConfig
-    data: ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticVideoData | VideoData
+    objective: LatentPredictionConfig | LeJEPAConfig | ActionConditionedConfig
+    data: ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData | SyntheticVideoData \
+        | TrajectoryData | VideoData
     optim: OptimConfig
     train: TrainConfig
 
