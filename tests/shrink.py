@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from jepa_fast.data import MovingDigitsData, SyntheticData, SyntheticVideoData
+from jepa_fast.data import MovingDigitsData, SyntheticData, SyntheticTrajectoryData, SyntheticVideoData
 from jepa_fast.models.resnet import ResNetConfig
+from jepa_fast.objectives.action_conditioned import ActionConditionedConfig
 from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
 from jepa_fast.objectives.lejepa import LeJEPAConfig
 from jepa_fast.objectives.video_prediction import VideoPredictionConfig
@@ -53,9 +54,22 @@ def video_prediction(recipe: Recipe):
         transform=dataclasses.replace(recipe.data.transform, image_size=encoder.image_size))
 
 
+def action_conditioned(recipe: Recipe):
+    """A random frozen encoder of 4 x 4 patches, and noise for trajectories."""
+    objective = recipe.objective
+    heads = objective.predictor.num_heads
+    objective = dataclasses.replace(
+        objective, encoder_weights="random",
+        encoder=dataclasses.replace(objective.encoder, image_size=64, embed_dim=44, depth=1, num_heads=2),
+        predictor=dataclasses.replace(objective.predictor, embed_dim=12 * heads, depth=2))
+    return objective, SyntheticTrajectoryData(num_files=16, num_frames=recipe.data.num_frames, num_workers=0,
+                                              crop=dataclasses.replace(recipe.data.crop, image_size=64))
+
+
 def images(recipe: Recipe, encoder) -> SyntheticData:
     return SyntheticData(num_images=16, image_size=encoder.image_size, in_chans=encoder.in_chans,
                          transform=recipe.data.transform)
 
 
-OBJECTIVES = {LatentPredictionConfig: latent_prediction, LeJEPAConfig: lejepa, VideoPredictionConfig: video_prediction}
+OBJECTIVES = {ActionConditionedConfig: action_conditioned, LatentPredictionConfig: latent_prediction, LeJEPAConfig: lejepa,
+              VideoPredictionConfig: video_prediction}
