@@ -11,6 +11,8 @@ import pydantic
 import yaml
 
 from ..data import ImageFolderData, MnistData, SyntheticData
+from ..data.two_rooms_data import TwoRoomsData
+from ..objectives.eb_jepa import EBJEPAConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
 from ..optim.schedules import Constant, Cosine, WarmupCosine
@@ -49,8 +51,8 @@ class Recipe:
     name: str
     paper: str
     summary: str                               # one line, for `jepa-fast recipes`
-    objective: LatentPredictionConfig | LeJEPAConfig
-    data: ImageFolderData | MnistData | SyntheticData
+    objective: LatentPredictionConfig | LeJEPAConfig | EBJEPAConfig
+    data: ImageFolderData | MnistData | SyntheticData | TwoRoomsData
     optim: OptimConfig
     train: TrainConfig
 
