@@ -32,7 +32,7 @@ def eb_jepa_two_rooms_small() -> Recipe:
     return Recipe(
         name="eb_jepa_two_rooms_small", paper=PAPER, summary="demo: EB-JEPA of 128 on Two-Rooms at 33, minutes on two cores",
         objective=EBJEPAConfig(encoder=ImpalaConfig(image_size=33, widths=(16, 32, 32), num_blocks=1, num_outputs=128)),
-        data=TwoRoomsData(rooms=DotRooms(image_size=33), num_samples=12_800),
-        optim=OptimConfig(lr=WarmupCosine(start=1e-11, peak=2e-3, final=1e-5, warmup_epochs=0.8, first_count=0),
+        data=TwoRoomsData(rooms=DotRooms(image_size=33), num_samples=19_200, num_frames=9),
+        optim=OptimConfig(lr=WarmupCosine(start=1e-11, peak=2e-3, final=1e-5, warmup_epochs=1.0, first_count=0),
                           weight_decay=Constant(value=1e-5), decay_all=True, clip_grad=2.0),
-        train=TrainConfig(batch_size=64, epochs=8, precision="fp32", seed=1))
+        train=TrainConfig(batch_size=64, epochs=10, precision="fp32", seed=1))
