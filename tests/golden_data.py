@@ -35,3 +35,15 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def error(ours: Tensor, golden: Tensor) -> float:
     """norm(ours - golden) / norm(golden), the measure of the golden README."""
     return float((ours.detach().double() - golden.double()).norm() / golden.double().norm())
+
+
+def moments(tensor: Tensor) -> Tensor:
+    values = tensor.detach().double()
+    return torch.stack([values.sum(), values.square().sum()])
+
+
+def assert_moments(ours: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    """Sums that nearly cancel are measured against what they are made of (golden README, section 1)."""
+    own = moments(ours)
+    scale = torch.stack([torch.sqrt(ours.numel() * expected[1]), expected[1]])
+    assert ((own - expected).abs() <= tolerance * scale.clamp_min(1e-300)).all(), (name, own, expected)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from golden_data import config, error, golden, under
+from golden_data import assert_moments, config, error, golden, under
 
 from jepa_fast import ops
 from jepa_fast.masking import Masks, MultiBlock
@@ -75,18 +75,6 @@ def test_context_tokens():
                                         Sequences(masks.context_cu_seqlens, masks.context_max_seqlen))
     expected = golden("ijepa_model")["out/context"]
     assert error(context.view_as(expected), expected) < 5e-6
-
-
-def moments(tensor: torch.Tensor) -> torch.Tensor:
-    values = tensor.detach().double()
-    return torch.stack([values.sum(), values.square().sum()])
-
-
-def assert_moments(ours: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
-    """Sums that nearly cancel are measured against what they are made of (golden README, section 1)."""
-    own = moments(ours)
-    scale = torch.stack([torch.sqrt(ours.numel() * expected[1]), expected[1]])
-    assert ((own - expected).abs() <= tolerance * scale.clamp_min(1e-300)).all(), (name, own, expected)
 
 
 @pytest.mark.parametrize("dtype, prefix, tolerance", [(torch.float32, "", 3e-5), (torch.float64, "f64/", 1e-10)])

@@ -1,5 +1,8 @@
 """Fixed sine-cosine position tables, computed in float64 as the official code does."""
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -13,11 +16,27 @@ def sincos_1d(dim: int, positions: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
-    """[rows * columns, dim] float64, row-major: the first half of dim from the column, the second from the row.
+def sincos_2d(dim: int, grid: tuple[int, int], *, first: Literal["column", "row"] = "column") -> Tensor:
+    """[rows * columns, dim] float64, row-major: one half of dim from the column, the other from the row.
 
-    This is I-JEPA's order (arXiv:2301.08243, official code); V-JEPA's image tables have the row first.
+    `first` says which half comes first: the column's in I-JEPA (arXiv:2301.08243, official code), the row's in V-JEPA.
     """
-    rows, columns = grid
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)
+    row, column = _coordinates(grid)
+    order = (column, row) if first == "column" else (row, column)
+    return torch.cat([sincos_1d(dim // 2, positions) for positions in order], dim=1)
+
+
+def sincos_3d(dim: int, grid: tuple[int, int, int], *, is_uniform: bool = True) -> Tensor:
+    """[times * rows * columns, dim] float64, row-major: parts from time, row and column, as V-JEPA's official code.
+
+    is_uniform: each part has 2 ceil(dim / 6) dimensions and the whole is cut to dim, at the cost of the last columns'
+    frequencies (the official `uniform_power`); else dim / 2 for time and dim / 4 each for row and column.
+    """
+    widths = (2 * math.ceil(dim / 6),) * 3 if is_uniform else (dim // 2, dim // 4, dim // 4)
+    parts = [sincos_1d(width, positions) for width, positions in zip(widths, _coordinates(grid), strict=True)]
+    return torch.cat(parts, dim=1)[:, :dim]
+
+
+def _coordinates(grid: tuple[int, ...]) -> list[Tensor]:
+    """The coordinate of every token along each axis, [N] each, row-major."""
+    return [axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij")]

@@ -26,7 +26,8 @@ def rotary_table(positions: Tensor, widths: tuple[int, ...], pairing: str, theta
     """positions [P, A], whole or not, widths of the A axes -> rotary [P, 2, sum(widths)] float32.
 
     angle_dtype bfloat16 rounds as the official code does under CUDA autocast: positions, frequencies (in 2.1 also their
-    exponents), angles, cosines and sines; 0.03 rad off at position 31. float32 else. Raises ValueError for other shapes.
+    exponents), angles, cosines and sines; 0.03 rad off at position 31. float64 makes a float64 table. Raises ValueError
+    for other shapes.
     """
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
@@ -34,20 +35,22 @@ def rotary_table(positions: Tensor, widths: tuple[int, ...], pairing: str, theta
         raise ValueError(f"positions must be [P, {len(widths)}], one per width, got {list(positions.shape)}")
     if any(width < 0 or width % 2 for width in widths):
         raise ValueError(f"widths must be even, got {widths}")
-    if angle_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"angle_dtype must be float32 or bfloat16, got {angle_dtype}")
+    if angle_dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"angle_dtype must be float32, bfloat16 or float64, got {angle_dtype}")
     angles = torch.cat([_angles(positions[:, axis], width, pairing, theta, angle_dtype)
                         for axis, width in enumerate(widths)], 1)
+    out = torch.float64 if angle_dtype == torch.float64 else torch.float32
     sign = torch.tensor([-1.0, 1.0], device=angles.device).repeat(angles.shape[1] // 2)
-    return torch.stack([angles.cos().float(), angles.sin().float() * sign], 1)
+    return torch.stack([angles.cos().to(out), angles.sin().to(out) * sign], 1)
 
 
 def _angles(positions: Tensor, width: int, pairing: str, theta: float, dtype: torch.dtype) -> Tensor:
     """[P, width], the angle of each column."""
-    exponents = torch.arange(width // 2, dtype=torch.float32, device=positions.device) / max(width / 2, 1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(width // 2, dtype=wide, device=positions.device) / max(width / 2, 1)
     if pairing == "interleaved":
         exponents = exponents.to(dtype)
-    frequencies = 1.0 / theta ** exponents.float()
+    frequencies = 1.0 / theta ** exponents.to(wide)
     angles = positions.to(dtype).unsqueeze(1) * frequencies.to(dtype)
     return angles.repeat_interleave(2, 1) if pairing == "interleaved" else angles.repeat(1, 2)
 

@@ -51,7 +51,7 @@ class LatentPrediction(nn.Module):
         masks = batch["masks"]
         prediction, target = self.predict(batch["images"], masks), self.targets(batch["images"], masks)
         loss, statistics = latent_loss(prediction, target, masks.prediction_target_idx, beta=self.config.beta,
-                                       weight=_sequence_weights(masks), return_stats=True)
+                                       weight=sequence_weights(masks, prediction.dtype), return_stats=True)
         return {"loss": loss, **statistics, "features": target}
 
     def predict(self, images: Tensor, masks: PackedMasks) -> Tensor:
@@ -81,7 +81,7 @@ class LatentPrediction(nn.Module):
         return self.target_encoder.encoder
 
 
-def _sequence_weights(masks: PackedMasks) -> Tensor | None:
+def sequence_weights(masks: PackedMasks, dtype: torch.dtype) -> Tensor | None:
     """None for target blocks of one size (the plain mean, as official), else every block of every sample counts alike.
 
     With ragged blocks the mean over all tokens would depend on how samples are spread over ranks and micro-batches;
@@ -90,5 +90,5 @@ def _sequence_weights(masks: PackedMasks) -> Tensor | None:
     lengths = masks.prediction_lengths
     if lengths is None:
         return None
-    weights = 1.0 / (len(lengths) * lengths.to(torch.float32))
+    weights = 1.0 / (len(lengths) * lengths.to(dtype))
     return torch.repeat_interleave(weights, lengths, output_size=masks.prediction_idx.shape[0])

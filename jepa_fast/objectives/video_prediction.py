@@ -1,0 +1,123 @@
+"""V-JEPA and V-JEPA 2: predict a target encoder's representation of masked tubelets from the visible ones.
+
+Bardes et al., arXiv:2404.08471; Assran et al., arXiv:2506.09985. Every clip is masked in several ways (two officially:
+many short blocks, few long ones); all of them go through the context encoder, and through the predictor, as one packed
+batch. The loss is the mean absolute difference, each kind of mask counting alike.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..masking import MultiBlock3D, PackedMasks
+from ..models.target_encoder import TargetEncoder
+from ..models.video_encoder import VideoTransformer, VideoTransformerConfig
+from ..models.video_predictor import VideoPredictor, VideoPredictorConfig
+from ..nn.block import Sequences, at_least_float32
+from ..ops import latent_loss
+from ..optim.schedules import Constant, Linear
+from .latent_prediction import sequence_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPredictionConfig:
+    encoder: VideoTransformerConfig = field(default_factory=VideoTransformerConfig)
+    predictor: VideoPredictorConfig = field(default_factory=VideoPredictorConfig)
+    masking: MultiBlock3D = field(default_factory=MultiBlock3D)
+    momentum: Linear | Constant = field(default_factory=lambda: Linear(start=0.998, final=1.0))  # of the target encoder
+    mask_token_by: str = "mask"   # mask: kind i of mask has token i (V-JEPA); clip: clip length i has it (V-JEPA 2)
+    reg_coeff: float = 0.0        # weight of the predictions' variance over the tokens of a clip; officially 0
+
+    def __post_init__(self):
+        if self.mask_token_by not in ("mask", "clip"):
+            raise ValueError(f"mask_token_by must be mask or clip, got {self.mask_token_by!r}")
+        needed = len(self.masking.masks) if self.mask_token_by == "mask" else 1
+        if self.predictor.num_mask_tokens < needed:
+            raise ValueError(f"predictor.num_mask_tokens must be at least {needed}, one per kind of mask, "
+                             f"got {self.predictor.num_mask_tokens}")
+
+    def build(self) -> "VideoPrediction":
+        return VideoPrediction(self)
+
+
+class VideoPrediction(nn.Module):
+    def __init__(self, config: VideoPredictionConfig):
+        super().__init__()
+        config.masking.check_grid(config.encoder.grid)
+        self.config = config
+        self.encoder: VideoTransformer = config.encoder.build()
+        self.predictor = VideoPredictor(config.predictor, config.encoder)
+        self.target_encoder = TargetEncoder(self.encoder)
+
+    def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
+        """Add the masks of this step: a function of (seed, step, number of the sample in the global batch)."""
+        masks = [self.config.masking.sample(self.encoder.patch_embed.grid(clips), len(clips), seed=seed, step=step,
+                                            first_sample=first_sample) for clips in as_list(batch["clips"])]
+        return batch | {"masks": [self.pack(m) for m in masks]}
+
+    def pack(self, masks) -> PackedMasks:
+        """Masks with row numbers that name the mask tokens of this model."""
+        by_mask = self.config.mask_token_by == "mask"
+        return masks.pack(num_mask_tokens=self.config.predictor.num_mask_tokens if by_mask else 1)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """{"clips": [B, C, T, H, W], or a list with one such tensor per clip length, "masks": PackedMasks of each}
+        -> {"loss": 0-dim, scalars and features to watch}."""
+        groups = list(zip(as_list(batch["clips"]), as_list(batch["masks"]), strict=True))
+        results = [self._group(clips, masks, number) for number, (clips, masks) in enumerate(groups)]
+        out = {name: sum(result[name] for result in results) / len(results) for name in results[0] if name != "features"}
+        return out | {"features": results[0]["features"]}
+
+    def _group(self, clips: Tensor, masks: PackedMasks, number: int) -> dict[str, Tensor]:
+        prediction, target = self.predict(clips, masks, number), self.targets(clips)
+        loss, statistics = latent_loss(prediction, target, masks.prediction_target_idx, beta=0.0,
+                                       weight=sequence_weights(masks, prediction.dtype), return_stats=True)
+        if self.config.reg_coeff:
+            statistics["variance_loss"] = variance_loss(prediction, masks)
+            loss = loss + self.config.reg_coeff * statistics["variance_loss"]
+        return {"loss": loss, **statistics, "features": target}
+
+    def predict(self, clips: Tensor, masks: PackedMasks, group: int = 0) -> Tensor:
+        """Predictions [Q, D], in the order kind of mask, sample, token; `group` is the number of the clip length."""
+        context = self.encoder.context(clips, masks.context_idx,
+                                       Sequences(masks.context_cu_seqlens, masks.context_max_seqlen))
+        tokens = slice(None)
+        if self.config.mask_token_by == "clip":
+            token = group % self.config.predictor.num_mask_tokens
+            tokens = slice(token, token + 1)
+        return at_least_float32(self.predictor(context, masks, self.encoder.patch_embed.grid(clips), tokens))
+
+    def targets(self, clips: Tensor) -> Tensor:
+        """The target encoder's tokens of the whole clips, packed [B * N, D]."""
+        return at_least_float32(self.target_encoder(clips).flatten(0, 1))
+
+    def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Pairs (parameter, its moving average) for the optimizer to keep."""
+        return self.target_encoder.averages(self.encoder)
+
+    def roles(self) -> dict[str, nn.Module]:
+        """What trains, in the order of the official optimizer's groups."""
+        return {"encoder": self.encoder, "predictor": self.predictor}
+
+    def evaluation_encoder(self) -> nn.Module:
+        """The encoder whose features are judged: the target encoder, as in the papers."""
+        return self.target_encoder.encoder
+
+
+def variance_loss(prediction: Tensor, masks: PackedMasks) -> Tensor:
+    """How far the predictions' standard deviation over the tokens of a clip stays below 1: mean(relu(1 - std)).
+
+    prediction [Q, D]; std = sqrt(unbiased variance + 1e-4) [kinds, B, D], averaged over the kinds of mask first.
+    """
+    lengths = masks.prediction_cu_seqlens.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=prediction.device), lengths)
+    count = lengths.to(prediction.dtype).unsqueeze(1)
+    mean = prediction.new_zeros(len(lengths), prediction.shape[1]).index_add(0, sequence, prediction) / count
+    squares = torch.zeros_like(mean).index_add(0, sequence, (prediction - mean[sequence]).square())
+    std = torch.sqrt(squares / (count - 1) + 1e-4)
+    return torch.relu(1 - std.unflatten(0, (-1, masks.batch_size)).mean(0)).mean()
+
+
+def as_list(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
