@@ -8,6 +8,7 @@ Differs from the public code on purpose: a DotRooms step that would hit a wall i
 evaluation environment puts the dot at the wall and adds noise. No training sample starts outside the walls.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,8 +72,7 @@ class DotRooms:
 
     def move(self, position: Tensor, action: Tensor, layout: Layout) -> Tensor:
         """Positions [E, 2] after actions [E, 2], cut to `max_step`; who would hit a wall stays."""
-        action = action * (self.max_step / action.norm(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
-        end = position + action
+        end = position + _shortened(action, self.max_step)
         hit = ((end <= self.low) | (end >= self.high)).any(-1)
         for side in (-1, 1):
             # the wall's sides are solid but for the door, the door's sides within the wall
@@ -81,6 +81,14 @@ class DotRooms:
             x = _crossing(position, end, 1, layout.door + side * self.door_half)
             hit |= (x - layout.wall).abs() <= self.wall_half
         return torch.where(hit[:, None], position, end)
+
+    def random_action(self, draws: Draws) -> Tensor:
+        """[E, 2] in any direction, of any length up to `max_step`."""
+        u = draws.uniform(2)
+        return self.max_step * u[:, :1] * torch.stack([(2 * math.pi * u[:, 1]).cos(), (2 * math.pi * u[:, 1]).sin()], 1)
+
+    def action_towards(self, position: Tensor, goal: Tensor) -> Tensor:
+        return _shortened(goal - position, self.max_step)
 
     def draw(self, position: Tensor, layout: Layout) -> Tensor:
         """Dots at [E, ..., 2] -> uint8 [E, ..., 2, size, size]: the dot, and walls and borders."""
@@ -155,6 +163,13 @@ class DiscRooms:
         touches = side * (x - layout.wall) < self.wall_half + self.radius
         x = torch.where(touches & ~in_door, layout.wall + side * (self.wall_half + self.radius + 0.5), x)
         return torch.stack([x, y], -1)
+
+    def random_action(self, draws: Draws) -> Tensor:
+        """[E, frame_skip * 2], uniform in [-1, 1]."""
+        return 2 * draws.uniform(self.action_dim) - 1
+
+    def action_towards(self, position: Tensor, goal: Tensor) -> Tensor:
+        return (_shortened((goal - position) / self.frame_skip, self.speed) / self.speed).repeat(1, self.frame_skip)
 
     def draw(self, position: Tensor, layout: Layout) -> Tensor:
         """Red discs at [E, ..., 2] -> uint8 [E, ..., 3, size, size], black walls on white."""
@@ -246,6 +261,11 @@ def _check_size(rooms: Rooms) -> None:
 def _grid(rooms: Rooms, device: torch.device) -> Tensor:
     """Native coordinates [size] of the pixels drawn."""
     return torch.linspace(0, rooms.native_size - 1, rooms.image_size, device=device)
+
+
+def _shortened(vectors: Tensor, length: float) -> Tensor:
+    """Vectors [..., 2], those longer than `length` scaled down to it."""
+    return vectors * (length / vectors.norm(dim=-1, keepdim=True).clamp(min=length))
 
 
 def _crossing(start: Tensor, end: Tensor, axis: int, line: Tensor) -> Tensor:

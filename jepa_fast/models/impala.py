@@ -53,17 +53,3 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv2(F.relu(self.conv1(x))) + x)
-
-
-class Observations(nn.Module):
-    """uint8 frames [..., C, H, W] to normalised float32 images: (x / 255 - mean) / std, per channel."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        if len(mean) != len(std):
-            raise ValueError(f"mean and std must have one number per channel each, got {mean} and {std}")
-        self.register_buffer("scale", 1 / (255 * torch.tensor(std))[:, None, None], persistent=False)
-        self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std))[:, None, None], persistent=False)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        return frames * self.scale - self.shift

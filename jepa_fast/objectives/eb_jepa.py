@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.impala import ImpalaConfig, Observations
+from ..models.impala import ImpalaConfig
 from ..nn.block import at_least_float32
 from ..nn.init import init_vit_
 from ..nn.vicreg import all_rows, covariance, hinge_std, temporal_similarity
+from .world_model import Observations, PlanningConfig, PositionProbe, check_batch, check_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +36,18 @@ class EBJEPAConfig:
     std: tuple[float, ...] = (0.0369, 0.2986)
     position_mean: tuple[float, float] = (31.5863, 32.0618)  # of positions, for the probe
     position_std: tuple[float, float] = (16.1025, 16.1353)
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
 
     def __post_init__(self):
         if self.unroll_steps < 1:
             raise ValueError(f"unroll_steps must be at least 1, got {self.unroll_steps}")
-        if len(self.mean) != self.encoder.in_chans or len(self.std) != self.encoder.in_chans:
-            raise ValueError(f"mean and std must have encoder.in_chans = {self.encoder.in_chans} numbers, got {self.mean} "
-                             f"and {self.std}")
+        check_channels(self.mean, self.std, self.encoder.in_chans)
 
     def build(self) -> "EBJEPA":
         return EBJEPA(self)
 
 
 class EBJEPA(nn.Module):
-    goal_cost = "sum"  # planning adds up the distances of all predicted states to the goal
-
     def __init__(self, config: EBJEPAConfig):
         super().__init__()
         self.config = config
@@ -69,9 +67,9 @@ class EBJEPA(nn.Module):
         return batch
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """{"observations": uint8 [B, T, C, H, W], "actions": [B, T - 1, A], "positions": [B, T, 2]} -> loss and its terms."""
+        """observations uint8 [B, T, C, H, W], actions [B, T - 1, A], positions [B, T, 2] -> the loss and its terms."""
         frames, actions, config = batch["observations"], batch["actions"], self.config
-        _check_batch(frames, actions, config)
+        check_batch(frames, actions, config.action_dim, at_least=config.unroll_steps + 1)
         states = at_least_float32(self.encode(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
         rows = all_rows(states.flatten(0, 1))
         terms = {"prediction": self.prediction_error(states, actions), "std": hinge_std(rows, config.std_margin),
@@ -125,30 +123,3 @@ class EBJEPA(nn.Module):
 
     def evaluation_encoder(self) -> nn.Module:
         return self.encoder
-
-
-class PositionProbe(nn.Module):
-    """Where the dot is, read from embeddings by an MLP that trains beside the model and leaves it alone."""
-
-    def __init__(self, dim: int, mean: tuple[float, float], std: tuple[float, float]):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 2))
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., 2], in pixels."""
-        return at_least_float32(self.mlp(states)) * self.std + self.mean
-
-    def loss(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error in standard deviations, without gradient to the states; its root in pixels."""
-        error = self(states.detach()) - positions
-        return (error / self.std).square().mean(), error.detach().square().mean().sqrt()
-
-
-def _check_batch(frames: Tensor, actions: Tensor, config: EBJEPAConfig) -> None:
-    B, T = frames.shape[:2]
-    if actions.shape != (B, T - 1, config.action_dim):
-        raise ValueError(f"actions must be [{B}, {T - 1}, {config.action_dim}], got {list(actions.shape)}")
-    if T <= config.unroll_steps:
-        raise ValueError(f"unroll_steps = {config.unroll_steps} needs more frames than that, got {T}")
