@@ -15,6 +15,7 @@ from ..data.two_rooms_data import TwoRoomsData
 from ..objectives.eb_jepa import EBJEPAConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
+from ..objectives.leworldmodel import LeWorldModelConfig
 from ..optim.schedules import Constant, Cosine, WarmupCosine
 
 
@@ -51,7 +52,7 @@ class Recipe:
     name: str
     paper: str
     summary: str                               # one line, for `jepa-fast recipes`
-    objective: LatentPredictionConfig | LeJEPAConfig | EBJEPAConfig
+    objective: LatentPredictionConfig | LeJEPAConfig | EBJEPAConfig | LeWorldModelConfig
     data: ImageFolderData | MnistData | SyntheticData | TwoRoomsData
     optim: OptimConfig
     train: TrainConfig
