@@ -18,17 +18,21 @@ from ..data import (
     SyntheticTrajectoryData,
     SyntheticVideoData,
     TrajectoryData,
+    TwoRoomsData,
     VideoData,
 )
 from ..objectives.action_conditioned import ActionConditionedConfig
+from ..objectives.eb_jepa import EBJEPAConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
+from ..objectives.leworldmodel import LeWorldModelConfig
 from ..objectives.video_prediction import VideoPredictionConfig
 from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosine
 
-Objective = ActionConditionedConfig | LatentPredictionConfig | LeJEPAConfig | VideoPredictionConfig
+Objective = (ActionConditionedConfig | EBJEPAConfig | LatentPredictionConfig | LeJEPAConfig | LeWorldModelConfig
+             | VideoPredictionConfig)
 Data = (ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData | SyntheticVideoData
-        | TrajectoryData | VideoData)
+        | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
