@@ -5,6 +5,7 @@ from .clips import ClipSampling
 from .images import ImageFolder, ImageFolderData
 from .impossible import ImpossiblePairs
 from .loader import BadFile, BadFiles, load_batches, load_in_order, steps_per_epoch
+from .mixed import Mixed, MixedData
 from .mnist import Mnist, MnistData
 from .moving_digits import MovingDigits, MovingDigitsData
 from .shards import VideoShards
@@ -14,7 +15,7 @@ from .transforms import AsIs, EvalTransform, IjepaTransform, MultiCrop, lejepa_m
 from .video import VideoData, VideoFolder, VideoList
 
 __all__ = ["AsIs", "BadFile", "BadFiles", "ClipSampling", "ClipTransform", "EvalClipTransform", "EvalTransform",
-           "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mnist", "MnistData", "MovingDigits",
-           "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages", "SyntheticVideoData", "SyntheticVideos",
-           "TensorAugment", "VideoData", "VideoFolder", "VideoList", "VideoShards", "lejepa_minimal_views", "load_batches",
-           "load_in_order", "steps_per_epoch"]
+           "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mixed", "MixedData", "Mnist",
+           "MnistData", "MovingDigits", "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages",
+           "SyntheticVideoData", "SyntheticVideos", "TensorAugment", "VideoData", "VideoFolder", "VideoList",
+           "VideoShards", "lejepa_minimal_views", "load_batches", "load_in_order", "steps_per_epoch"]
