@@ -6,6 +6,7 @@ from .feature_cache import FeatureCache
 from .images import ImageFolder, ImageFolderData
 from .impossible import ImpossiblePairs
 from .loader import BadFile, BadFiles, load_batches, load_in_order, steps_per_epoch
+from .mixed import Mixed, MixedData
 from .mnist import Mnist, MnistData
 from .moving_digits import MovingDigits, MovingDigitsData
 from .shards import VideoShards
@@ -18,8 +19,8 @@ from .two_rooms_data import TwoRoomsData
 from .video import VideoData, VideoFolder, VideoList
 
 __all__ = ["AsIs", "BadFile", "BadFiles", "ClipSampling", "ClipTransform", "EvalClipTransform", "EvalTransform",
-           "FeatureCache", "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mnist", "MnistData",
-           "MovingDigits", "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages", "SyntheticTrajectoryData",
-           "SyntheticVideoData", "SyntheticVideos", "TensorAugment", "Trajectories", "TrajectoryData", "TwoRoomsData",
-           "VideoData", "VideoFolder", "VideoList", "VideoShards", "lejepa_minimal_views", "load_batches", "load_in_order",
-           "steps_per_epoch"]
+           "FeatureCache", "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mixed", "MixedData",
+           "Mnist", "MnistData", "MovingDigits", "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages",
+           "SyntheticTrajectoryData", "SyntheticVideoData", "SyntheticVideos", "TensorAugment", "Trajectories",
+           "TrajectoryData", "TwoRoomsData", "VideoData", "VideoFolder", "VideoList", "VideoShards", "lejepa_minimal_views",
+           "load_batches", "load_in_order", "steps_per_epoch"]
