@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "objectives": {"models", "tokenizers", "nn", "optim", "ops", "masking"},
     "recipes": {"objectives", "models", "nn", "optim", "masking", "data"},
     "eval": {"recipes", "objectives", "models", "data", "info", "train"},
-    "checkpoints": {"objectives", "models"},
+    "checkpoints": {"recipes", "models", "nn", "train"},
     "train": {"recipes", "objectives", "optim", "data", "eval"},
     "info": {"ops"},
     "cli": {"train", "recipes", "eval", "ops", "info", "checkpoints"},

@@ -22,13 +22,16 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     """
     config, world = recipe.train, distributed.start(recipe.train.device)
     dataset = recipe.data.build()
-    horizon = Horizon(steps_per_epoch(dataset, config.batch_size), config.epochs, config.schedule_scale)
+    horizon = Horizon(config.steps_per_epoch or steps_per_epoch(dataset, config.batch_size), config.epochs,
+                      config.schedule_scale)
     batch_size = local_batch_size(recipe, world.size)
     torch.manual_seed(config.seed)
     objective = recipe.objective.build().to(world.device)
     optimizer = build_optimizer(recipe, objective)
     run = Run(folder, recipe, world)
     step = run.resume(objective, optimizer) if resume else 0
+    if config.start_from and not resume:
+        run.start_from(pathlib.Path(config.start_from), objective, optimizer)
     num_steps = min(num_steps_of(horizon), config.max_steps or num_steps_of(horizon))
     model = wrap(objective, world)
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
@@ -41,7 +44,8 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
             torch.manual_seed(config.seed + 1_000_003 * step + world.rank)
             losses = accumulate(model, objective, batch, recipe, step, world.rank * batch_size)
             run.check(step + 1, losses)
-            optimizer.step(grad_scale=clip(recipe, objective, losses))
+            is_clipped = step >= horizon.steps(recipe.optim.clip_from_epoch)
+            optimizer.step(grad_scale=clip(recipe, objective, losses) if is_clipped else None)
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if step % config.log_every == 0 or step == num_steps:
