@@ -136,8 +136,10 @@ def pack(regions: list[Region]) -> dict:
 
 def _unpacked(pixels: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype, size: tuple[int, int],
               is_flipped: bool) -> Region:
+    # [T, h, w, C] in memory, as decoders give frames: the copy in the loader's process runs along rows
+    C, T, h, w = shape
     end = start + math.prod(shape) * dtype.itemsize
-    return Region(pixels[start:end].view(dtype).view(shape), size, is_flipped)
+    return Region(pixels[start:end].view(dtype).view(T, h, w, C).permute(3, 0, 1, 2), size, is_flipped)
 
 
 def finish(packed: dict, transform: ClipTransform | EvalClipTransform, device: torch.device) -> list[Tensor]:

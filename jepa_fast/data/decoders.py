@@ -1,8 +1,8 @@
 """Frames of a video by their numbers, through PyAV or torchcodec.
 
 A decoder is opened on a path or on the bytes of a file, has `num_frames` and `average_fps` (None: unknown), and
-`read(numbers)` gives uint8 [len(numbers), H, W, 3] RGB, numbers counted in display order, in any order and repeated
-as wanted. It raises whatever its library raises, or ValueError in one line; `close()` ends it.
+`read(numbers)` gives uint8 [len(numbers), H, W, 3] RGB, upright, numbers counted in display order, in any order and
+repeated as wanted. It raises whatever its library raises, or ValueError in one line; `close()` ends it.
 One thread each: the loader's processes are the parallelism.
 """
 
@@ -54,6 +54,9 @@ class PyAV:
         if not streams:
             raise ValueError("no video in it")
         self._stream, self._is_at_start = streams[0], True
+        for stream in self._container.streams:
+            if stream is not self._stream:
+                stream.discard = av.stream.Discard.all
         self._stream.codec_context.thread_count = 1
         self._to_rgb = av.video.reformatter.VideoReformatter()
 
@@ -61,17 +64,20 @@ class PyAV:
         self._container.close()
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        wanted, order = np.unique(numbers, return_inverse=True)
-        frames, playing, at = [], None, -1
-        for number in wanted.tolist():
+        out, playing, at = None, None, -1
+        for number in np.unique(numbers).tolist():
             keyframe = self._keyframes[max(0, bisect_right(self._keyframes, number) - 1)]
             if playing is None or keyframe - at >= _WORTH_A_SEEK:
                 playing = self._play(number)
             at, frame = next((pair for pair in playing if pair[0] >= number), (None, None))
             if at != number:
                 raise ValueError(f"frame {number} of {self.num_frames} cannot be decoded")
-            frames.append(self._to_rgb.reformat(frame, format="rgb24").to_ndarray())
-        return np.stack(frames)[order]
+            pixels = self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            pixels = np.rot90(pixels, round(frame.rotation / 90))
+            if out is None:
+                out = np.empty((len(numbers), *pixels.shape), np.uint8)
+            out[numbers == number] = pixels
+        return out
 
     def _play(self, number: int) -> Iterator:
         """(number, frame) in display order, from a keyframe that is shown no later than frame `number`."""
@@ -138,7 +144,10 @@ class TorchCodec:
 
 
 def _import_pyav() -> None:
-    import av  # noqa: F401
+    import av
+
+    if tuple(map(int, av.__version__.split(".")[:2])) < (17, 1):
+        raise ImportError(f"version 17.1 or newer is needed, got {av.__version__}")
 
 
 def _import_torchcodec() -> None:
