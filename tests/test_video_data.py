@@ -157,6 +157,7 @@ def decoder(name):
 
 
 FILES = {"h264.mp4": {}, "h264.mkv": {}, "h264.avi": {}, "h264.ts": {}, "vp9.webm": dict(codec="libvpx-vp9"),
+         "open-gop.hevc.mp4": dict(codec="libx265", **{"x265-params": "log-level=none:open-gop=1:keyint=12:bframes=4"}),
          "open-gop.mpg": dict(codec="mpeg2video"), "odd.mp4": dict(size=(77, 49), pix_fmt="yuv444p"),
          "one-keyframe.mp4": dict(gop=500), "fragmented.mp4": dict(container={"movflags": "frag_keyframe+empty_moov"}),
          "variable.mp4": dict(times=np.cumsum([1 + i * i % 7 for i in range(60)]).tolist())}
@@ -189,6 +190,20 @@ def test_frames_are_upright(tmp_path, backend, rotation):
     raw = frames_of(path)[[3, 8]]
     turned = np.rot90(raw, {90: 1, -90: -1, 180: 2}[rotation], axes=(1, 2))
     assert np.array_equal(decoder(backend)(path).read(np.array([3, 8])), turned)
+
+
+@pytest.mark.parametrize("first_time", [-20, -6, 5])
+def test_what_an_edit_list_cuts_away_is_not_counted(tmp_path, first_time):
+    """As in clips cut without encoding again: the keyframe lies before the first frame shown."""
+    path = encode(tmp_path / "x.mp4", 60, times=list(range(first_time, first_time + 60)),
+                  container={"avoid_negative_ts": "disabled"})
+    shown = list(range(max(0, -first_time), 60))
+    assert [number_of(pixels) for pixels in frames_of(path)] == shown
+    video = decoders.PyAV(path)
+    assert video.num_frames == len(shown)
+    assert [number_of(pixels) for pixels in video.read(np.arange(len(shown)))] == shown
+    for number in (len(shown) - 1, 0, 3, 11, 21, 30):
+        assert number_of(video.read(np.array([number]))[0]) == shown[number]
 
 
 def test_a_clip_of_a_long_video_reads_a_small_part_of_it(tmp_path, monkeypatch):
@@ -497,7 +512,7 @@ def test_what_travels_is_bounded_and_exact(shape):
     packed = clip_transform.pack(regions)
     bound = 4 * shape[0] * shape[1] * 16 * 16
     assert packed["pixels"].numel() <= len(regions) * bound
-    views, = clip_transform.finish(packed, whole, torch.device("cpu"))
+    views, = clip_transform.unpack(packed, whole, torch.device("cpu"))
     for view, region in zip(views, regions, strict=True):
         if region.pixels.dtype == torch.uint8:
             assert region.pixels.numel() <= bound

@@ -31,19 +31,22 @@ class PyAV:
         self._open()
         self.average_fps = float(self._stream.average_rate) if self._stream.average_rate else None
         entries = self._stream.index_entries
-        if self._stream.frames == len(entries) > 0 and not any(entry.is_discard for entry in entries):
-            self._id, packets = "dts", [(entry.timestamp, entry.is_keyframe) for entry in entries]
+        if self._stream.frames == len(entries) > 0:
+            self._id, packets = "dts", [(entry.timestamp, entry.is_keyframe, not entry.is_discard) for entry in entries]
         else:
-            self._id, packets = "pts", [(packet.pts, packet.is_keyframe)
-                                        for packet in self._container.demux(self._stream) if _is_shown(packet)]
+            self._id, packets = "pts", [(packet.pts, packet.is_keyframe, _is_shown(packet))
+                                        for packet in self._container.demux(self._stream) if packet.size]
             self._is_at_start = False
-        self.num_frames = len(packets)
-        # places in the order of decoding; a keyframe is known by its time stamp
-        self._keyframes = [place for place, (_, is_keyframe) in enumerate(packets) if is_keyframe]
-        self._time = {place: packets[place][0] for place in self._keyframes}
-        self._place = {time: place for place, time in self._time.items()}
-        if not self._keyframes:
-            raise ValueError("no frames" if not packets else "no keyframe")
+        # per keyframe, known by its time stamp: frames shown among the packets before it
+        self._times, self._keyframes, self.num_frames = [], [], 0
+        for time, is_keyframe, is_shown in packets:
+            if is_keyframe:
+                self._times.append(time)
+                self._keyframes.append(self.num_frames)
+            self.num_frames += is_shown
+        self._shown_before = dict(zip(self._times, self._keyframes, strict=True))
+        if not self._keyframes or not self.num_frames:
+            raise ValueError("no keyframe" if packets else "no frames")
 
     def _open(self) -> None:
         import av
@@ -83,8 +86,8 @@ class PyAV:
         """(number, frame) in display order, from a keyframe that is shown no later than frame `number`."""
         last = bisect_right(self._keyframes, number) - 1
         # a keyframe is shown after the frames that refer back across it: then the one before it is needed
-        for keyframe in reversed(self._keyframes[max(1, last - 1):last + 1]):
-            self._container.seek(self._time[keyframe], stream=self._stream)
+        for place in range(last, max(0, last - 2), -1):
+            self._container.seek(self._times[place], stream=self._stream)
             self._is_at_start = False
             playing = self._decode()
             first = next(playing, None)
@@ -98,21 +101,25 @@ class PyAV:
 
     def _decode(self) -> Iterator:
         """(number, frame) from the next keyframe on, frames that refer back across it left out."""
-        start = number = None
+        start = number = shown_before = None
+        times = []      # of the packets read before the first frame comes
         for packet in self._container.demux(self._stream):
-            if start is None:
-                if not packet.is_keyframe or getattr(packet, self._id) not in self._place:
+            if shown_before is None:
+                shown_before = self._shown_before.get(getattr(packet, self._id)) if packet.is_keyframe else None
+                if shown_before is None:
                     continue
-                start, shown_before = packet.pts, self._place[getattr(packet, self._id)]
-            elif number is None and _is_shown(packet) and packet.pts is not None and packet.pts < start:
-                shown_before += 1
+                start = packet.pts
+            if number is None and _is_shown(packet) and packet.pts is not None:
+                times.append(packet.pts)
             for frame in packet.decode():
-                if number is None:
-                    if frame.pts is not None and start is not None and frame.pts < start:
-                        continue
-                    number = shown_before
-                else:
+                if number is not None:
                     number += 1
+                elif frame.pts is None or start is None:
+                    number = shown_before
+                elif frame.pts >= start:
+                    number = shown_before + sum(time < frame.pts for time in times)
+                else:
+                    continue
                 yield number, frame
 
 

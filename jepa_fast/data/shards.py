@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from .clips import EVERY_FOURTH, ClipSampling
 from .decoders import DecoderName
 from .images import printable
-from .video import Videos, extensions_for
+from .video import PathList, Videos, extensions_for
 
 # shards whose samples are mixed; an epoch reads all of these before it opens others
 SHUFFLE_SHARDS = 16
@@ -49,7 +49,7 @@ class VideoShards(Videos):
             sizes.append(len(names) - before)
         # which file, first byte, number of bytes
         self._places = np.array(places, dtype=np.int64)
-        self._names = np.array(names)
+        self._names = PathList(names)
         class_names = [str(label) for label in range(max(labels) + 1)]
         super().__init__(torch.tensor(labels), class_names, sizes, weights, sampling, decoder)
 
