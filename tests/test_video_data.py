@@ -388,6 +388,8 @@ def test_shards_give_what_files_give(videos, tmp_path):
     assert shards.labels.tolist() == [4, 5, 6, 0, 1, 2, 0] and len(shards.class_names) == 7
     for i in range(7):
         assert torch.equal(shards.clip(i, generator_for(i)), folder.clip(i, generator_for(i)))
+    weighted = VideoShards([f"{tmp_path}/train-{{000..001}}.tar", f"{tmp_path}/train-002.tar"], (0.0, 1.0), sampling)
+    assert weighted.sizes == (6, 1) and set(weighted.order(generator_for(0)).tolist()) == {6}
     alone, workers = (list(load_batches(VideoData(shards=(f"{tmp_path}/train-*.tar",)).build(), SMALL, num_steps=5,
                                         global_batch_size=3, num_workers=n)) for n in (0, 2))
     assert all(torch.equal(a["clips"], b["clips"]) for a, b in zip(alone, workers, strict=True))
