@@ -56,9 +56,9 @@ def video_prediction(recipe: Recipe):
 
 
 def hierarchical_video_prediction(recipe: Recipe):
-    """Two levels; lambda is whole from the first step, or the head of the context would not learn."""
+    """Two levels, all sizes alike; lambda is whole from the first step, or the head of the context would not learn."""
     objective = recipe.objective
-    encoder = dataclasses.replace(objective.encoder, embed_dim=12 * objective.encoder.num_heads, depth=2, levels=(0, 1),
+    encoder = dataclasses.replace(objective.encoder, embed_dim=48, num_heads=4, mlp_ratio=4.0, depth=2, levels=(0, 1),
                                   num_frames=4, image_size=5 * objective.encoder.patch_size)
     objective = dataclasses.replace(
         objective, encoder=encoder, context_warmup=None,
