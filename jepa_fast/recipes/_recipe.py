@@ -19,19 +19,22 @@ from ..data import (
     SyntheticTrajectoryData,
     SyntheticVideoData,
     TrajectoryData,
+    TwoRoomsData,
     VideoData,
 )
 from ..objectives.action_conditioned import ActionConditionedConfig
+from ..objectives.eb_jepa import EBJEPAConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
+from ..objectives.leworldmodel import LeWorldModelConfig
 from ..objectives.video_prediction import VideoPredictionConfig
 from ..objectives.video_prediction21 import HierarchicalVideoPredictionConfig
 from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosine
 
-Objective = (ActionConditionedConfig | HierarchicalVideoPredictionConfig | LatentPredictionConfig | LeJEPAConfig
-             | VideoPredictionConfig)
+Objective = (ActionConditionedConfig | EBJEPAConfig | HierarchicalVideoPredictionConfig | LatentPredictionConfig
+             | LeJEPAConfig | LeWorldModelConfig | VideoPredictionConfig)
 Data = (ImageFolderData | MixedData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData
-        | SyntheticVideoData | TrajectoryData | VideoData)
+        | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
