@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden_data import assert_moments, config, error, golden, manifest, under
 from test_planning import check_plan
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_fast import recipes
 from jepa_fast.cli import count_parameters
@@ -250,6 +251,14 @@ def test_episodes_planned_together_equal_one_by_one():
         alone = planner.plan(world.cost(frames[one], poses[one], goals[one]), 1, seed=1, first_episode=e)
         # matrix products of another size round otherwise
         assert error(alone.actions[0], together.actions[e]) < 1e-5 and error(alone.cost, together.cost[one]) < 1e-5
+
+
+def test_nothing_is_read_back_from_the_device():
+    predictor = build_fresh()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        frame, pose = torch.empty(2, 1, 16, 40), torch.empty(2, 1, 7)
+        plan = CEMAC(num_iterations=2).plan(ACWorldModel(predictor, chunk_size=50).cost(frame, pose, frame), 2, seed=0)
+    assert plan.actions.shape == (2, 2, 7)
 
 
 # --- the objective in a run
