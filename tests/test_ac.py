@@ -278,9 +278,9 @@ def test_official_constants():
     assert (predictor.embed_dim, predictor.depth, predictor.num_heads) == (1024, 24, 16)
     assert (lr.start, lr.peak, lr.final, lr.warmup_epochs, lr.anneal_epochs) == (7.5e-5, 4.25e-4, 0.0, 15, 15)
     assert recipe.optim.weight_decay == Constant(value=0.04) and recipe.objective.auto_steps == 2
-    train = recipe.train
-    assert (train.batch_size, train.epochs, train.seed, train.precision) == (256, 315, 239, "bf16")
-    assert recipe.data.clips_per_epoch == 300 * 256 and (recipe.data.num_frames, recipe.data.fps) == (8, 4.0)
+    run = recipe.train
+    assert (run.batch_size, run.epochs, run.seed, run.precision) == (256, 315, 239, "bf16")
+    assert run.steps_per_epoch == 300 and (recipe.data.num_frames, recipe.data.fps) == (8, 4.0)
     assert count_parameters(recipe) / 1e6 == pytest.approx(305.2, rel=1e-3)
 
 
