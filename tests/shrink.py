@@ -10,6 +10,7 @@ from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
 from jepa_fast.objectives.lejepa import LeJEPAConfig
 from jepa_fast.objectives.leworldmodel import LeWorldModelConfig
 from jepa_fast.objectives.video_prediction import VideoPredictionConfig
+from jepa_fast.objectives.video_prediction21 import HierarchicalVideoPredictionConfig
 from jepa_fast.recipes import Recipe
 
 
@@ -56,6 +57,22 @@ def video_prediction(recipe: Recipe):
         transform=dataclasses.replace(recipe.data.transform, image_size=encoder.image_size))
 
 
+def hierarchical_video_prediction(recipe: Recipe):
+    """Two levels; lambda is whole from the first step, or the head of the context would not learn."""
+    objective = recipe.objective
+    encoder = dataclasses.replace(objective.encoder, embed_dim=12 * objective.encoder.num_heads, depth=2, levels=(0, 1),
+                                  num_frames=4, image_size=5 * objective.encoder.patch_size)
+    objective = dataclasses.replace(
+        objective, encoder=encoder, context_warmup=None,
+        predictor=dataclasses.replace(objective.predictor, embed_dim=12 * objective.predictor.num_heads, depth=2),
+        masking=dataclasses.replace(objective.masking, mask_group_size=4),
+        image_masking=dataclasses.replace(objective.image_masking, mask_group_size=4))
+    crop = dataclasses.replace(recipe.data.videos.transform, image_size=encoder.image_size)
+    videos = SyntheticVideoData(num_videos=16, num_frames=4, image_size=encoder.image_size, transform=crop)
+    return objective, dataclasses.replace(recipe.data, videos=videos,
+                                          images=SyntheticData(num_images=32, image_size=encoder.image_size))
+
+
 def action_conditioned(recipe: Recipe):
     """A random frozen encoder of 4 x 4 patches, and noise for trajectories."""
     objective = recipe.objective
@@ -95,4 +112,5 @@ def images(recipe: Recipe, encoder) -> SyntheticData:
 
 
 OBJECTIVES = {ActionConditionedConfig: action_conditioned, EBJEPAConfig: eb_jepa, LatentPredictionConfig: latent_prediction,
-              LeJEPAConfig: lejepa, LeWorldModelConfig: leworldmodel, VideoPredictionConfig: video_prediction}
+              HierarchicalVideoPredictionConfig: hierarchical_video_prediction, LeJEPAConfig: lejepa,
+              LeWorldModelConfig: leworldmodel, VideoPredictionConfig: video_prediction}
