@@ -76,10 +76,10 @@ def test_an_encoder_alone_with_a_table_needs_the_family(tmp_path):
 
 def test_mask_tokens_change_in_number_only_where_asked(tmp_path):
     path = saved(tmp_path, official_file("vjepa2", num_mask_tokens=4))
-    config = VideoTransformerConfig(**VIDEO, positions="rotary")
+    encoder = VideoTransformerConfig(**VIDEO, positions="rotary")
 
     def predictor(count: int) -> nn.Module:
-        return VideoPredictor(VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=count), config)
+        return VideoPredictor(VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=count), encoder)
 
     with pytest.raises(ValueError, match=r"mask_tokens\.2 is \[1, 1, 24\] in the file and absent in the model; 1 more"):
         load_checkpoint(path, predictor(2), "predictor")
