@@ -243,6 +243,10 @@ def test_a_run_goes_to_an_official_file_and_comes_back_to_go_on(tmp_path):
     convert(tmp_path / "run", tmp_path / "latest.pth.tar", "official")
     raw = torch.load(tmp_path / "latest.pth.tar", weights_only=True)
     assert raw["epoch"] == 0 and raw["loss"] > 0 and raw["lr"] > 0 and len(raw["opt"]["param_groups"]) == 4
+    convert(tmp_path / "run", tmp_path / "hf", "hf")
+    images = torch.randn(2, 1, 28, 28)
+    theirs = loaded(transformers.IJepaModel, tmp_path / "hf", add_pooling_layer=False)
+    assert error(load_encoder(tmp_path / "run")(images), theirs(images).last_hidden_state.detach()) < TOLERANCE
     convert(tmp_path / "latest.pth.tar", tmp_path / "back", "ours", recipe=recipe)
     assert state_of(tmp_path / "back")["step"] == 3
     assert_equal_states(state_of(tmp_path / "back")["objective"], state_of(tmp_path / "run")["objective"])
