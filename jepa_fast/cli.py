@@ -15,6 +15,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   train RECIPE [--field.subfield VALUE ...]   train a recipe; own images: --data.root FOLDER
   train --from RUN/recipe.yaml [...]          the recipe of an earlier run, perhaps with changes
   eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
+  plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   convert SOURCE TARGET --to official|ours|hf|safetensors   a checkpoint of any kind as another; --help for more
   bench ops | step                            ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
-    commands = {"train": train, "eval": evaluate, "convert": convert, "bench": bench, "info": info, "recipes": list_recipes}
+    commands = {"train": train, "eval": evaluate, "plan": plan, "convert": convert, "bench": bench, "info": info,
+                "recipes": list_recipes}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -146,6 +148,20 @@ def evaluate(argv: list[str]) -> None:
     from .eval.run import evaluate_run
 
     table, page = evaluate_run(arguments.run)
+    print(table)
+    print(f"page: {page}")
+
+
+def plan(argv: list[str]) -> None:
+    from .eval.plan import PlanArguments, plan_run
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        run: Annotated[pathlib.Path, tyro.conf.Positional]  # the run folder
+        how: tyro.conf.OmitArgPrefixes[PlanArguments] = PlanArguments()
+
+    arguments = tyro.cli(Arguments, prog="jepa-fast plan", args=argv)
+    table, page = plan_run(arguments.run, arguments.how)
     print(table)
     print(f"page: {page}")
 

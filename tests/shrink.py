@@ -2,10 +2,13 @@
 
 import dataclasses
 
-from jepa_fast.data import MovingDigitsData, SyntheticData, SyntheticVideoData
+from jepa_fast.data import MovingDigitsData, SyntheticData, SyntheticTrajectoryData, SyntheticVideoData
 from jepa_fast.models.resnet import ResNetConfig
+from jepa_fast.objectives.action_conditioned import ActionConditionedConfig
+from jepa_fast.objectives.eb_jepa import EBJEPAConfig
 from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
 from jepa_fast.objectives.lejepa import LeJEPAConfig
+from jepa_fast.objectives.leworldmodel import LeWorldModelConfig
 from jepa_fast.objectives.video_prediction import VideoPredictionConfig
 from jepa_fast.recipes import Recipe
 
@@ -53,9 +56,43 @@ def video_prediction(recipe: Recipe):
         transform=dataclasses.replace(recipe.data.transform, image_size=encoder.image_size))
 
 
+def action_conditioned(recipe: Recipe):
+    """A random frozen encoder of 4 x 4 patches, and noise for trajectories."""
+    objective = recipe.objective
+    heads = objective.predictor.num_heads
+    objective = dataclasses.replace(
+        objective, encoder_weights="random",
+        encoder=dataclasses.replace(objective.encoder, image_size=64, embed_dim=44, depth=1, num_heads=2),
+        predictor=dataclasses.replace(objective.predictor, embed_dim=12 * heads, depth=2))
+    return objective, SyntheticTrajectoryData(num_files=16, num_frames=recipe.data.num_frames, num_workers=0,
+                                              crop=dataclasses.replace(recipe.data.crop, image_size=64))
+
+
+def eb_jepa(recipe: Recipe):
+    objective = recipe.objective
+    encoder = dataclasses.replace(objective.encoder, image_size=17, widths=(4, 6), num_blocks=1, num_outputs=16)
+    return dataclasses.replace(objective, encoder=encoder, unroll_steps=2), rooms(recipe, 17)
+
+
+def leworldmodel(recipe: Recipe):
+    objective = recipe.objective
+    encoder = objective.encoder
+    encoder = dataclasses.replace(encoder, image_size=2 * encoder.patch_size, embed_dim=12 * encoder.num_heads, depth=1)
+    predictor = dataclasses.replace(objective.predictor, depth=1, num_heads=2, head_dim=8, mlp_dim=32)
+    objective = dataclasses.replace(objective, encoder=encoder, predictor=predictor, embed_dim=24, projector_dim=32,
+                                    sigreg=dataclasses.replace(objective.sigreg, num_slices=64))
+    return objective, rooms(recipe, encoder.image_size)
+
+
+def rooms(recipe: Recipe, image_size: int):
+    return dataclasses.replace(recipe.data, num_samples=24, num_frames=4,
+                               rooms=dataclasses.replace(recipe.data.rooms, image_size=image_size))
+
+
 def images(recipe: Recipe, encoder) -> SyntheticData:
     return SyntheticData(num_images=16, image_size=encoder.image_size, in_chans=encoder.in_chans,
                          transform=recipe.data.transform)
 
 
-OBJECTIVES = {LatentPredictionConfig: latent_prediction, LeJEPAConfig: lejepa, VideoPredictionConfig: video_prediction}
+OBJECTIVES = {ActionConditionedConfig: action_conditioned, EBJEPAConfig: eb_jepa, LatentPredictionConfig: latent_prediction,
+              LeJEPAConfig: lejepa, LeWorldModelConfig: leworldmodel, VideoPredictionConfig: video_prediction}

@@ -10,11 +10,29 @@ from typing import Literal
 import pydantic
 import yaml
 
-from ..data import ImageFolderData, MnistData, MovingDigitsData, SyntheticData, SyntheticVideoData, VideoData
+from ..data import (
+    ImageFolderData,
+    MnistData,
+    MovingDigitsData,
+    SyntheticData,
+    SyntheticTrajectoryData,
+    SyntheticVideoData,
+    TrajectoryData,
+    TwoRoomsData,
+    VideoData,
+)
+from ..objectives.action_conditioned import ActionConditionedConfig
+from ..objectives.eb_jepa import EBJEPAConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
+from ..objectives.leworldmodel import LeWorldModelConfig
 from ..objectives.video_prediction import VideoPredictionConfig
 from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosine
+
+Objective = (ActionConditionedConfig | EBJEPAConfig | LatentPredictionConfig | LeJEPAConfig | LeWorldModelConfig
+             | VideoPredictionConfig)
+Data = (ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData | SyntheticVideoData
+        | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +71,8 @@ class Recipe:
     name: str
     paper: str
     summary: str                               # one line, for `jepa-fast recipes`
-    objective: LatentPredictionConfig | LeJEPAConfig | VideoPredictionConfig
-    data: ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticVideoData | VideoData
+    objective: Objective
+    data: Data
     optim: OptimConfig
     train: TrainConfig
 

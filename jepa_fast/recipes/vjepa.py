@@ -63,7 +63,8 @@ def vjepa_moving_digits() -> Recipe:
     encoder = VideoTransformerConfig(image_size=48, num_frames=16, patch_size=8, in_chans=1, embed_dim=192, depth=6,
                                      num_heads=3)
     return Recipe(
-        name="vjepa_moving_digits", paper=PAPER, summary="demo: ViT of 6 x 192 on clips of moving digits, minutes on two cores",
+        name="vjepa_moving_digits", paper=PAPER,
+        summary="demo: ViT of 6 x 192 on clips of moving digits, minutes on two cores",
         objective=VideoPredictionConfig(
             encoder=encoder, predictor=VideoPredictorConfig(embed_dim=96, depth=4, num_heads=3),
             masking=MultiBlock3D(masks=(SHORT_RANGE, LONG_RANGE), mask_group_size=32),

@@ -80,17 +80,18 @@ def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Reci
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    """Cut a batch into `count` equal parts, keeping order: every tensor by its rows, and every tensor of a list."""
+    """Cut a batch into `count` equal parts, keeping order: every tensor by its own rows, and every tensor of a list."""
     if count == 1:
         return [batch]
-    size = len(batch["index"]) // count
 
-    def cut(value, rows: slice):
+    def cut(value, i: int):
         if isinstance(value, Tensor):
-            return value[rows]
-        return [cut(item, rows) for item in value] if isinstance(value, list) and _is_tensors(value) else value
+            if len(value) % count:
+                raise ValueError(f"a batch must have a multiple of train.accumulate = {count} rows, got {len(value)}")
+            return value.chunk(count)[i]
+        return [cut(item, i) for item in value] if isinstance(value, list) and _is_tensors(value) else value
 
-    return [{key: cut(value, slice(i * size, (i + 1) * size)) for key, value in batch.items()} for i in range(count)]
+    return [{key: cut(value, i) for key, value in batch.items()} for i in range(count)]
 
 
 def _is_tensors(values: list) -> bool:
