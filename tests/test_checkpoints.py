@@ -9,9 +9,11 @@ from torch import nn
 
 from jepa_fast.checkpoints import infer_config, load_checkpoint, load_encoder, load_official, read, released, save_official
 from jepa_fast.checkpoints._names import folded, strip
+from jepa_fast.models.ac_predictor import ACPredictor, ACPredictorConfig
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.video_encoder import VideoTransformerConfig
 from jepa_fast.models.video_predictor import VideoPredictor, VideoPredictorConfig
+from jepa_fast.models.video_predictor21 import HierarchicalVideoPredictor, HierarchicalVideoPredictorConfig
 from jepa_fast.objectives.video_prediction import VideoPredictionConfig
 from jepa_fast.optim import AdamWEMA, param_groups
 
@@ -117,6 +119,35 @@ def test_i_jepa_encoder_from_a_file_alone(tmp_path):
     assert_equal(encoder.state_dict(), roles("ijepa")["encoder"])
     with pytest.raises(ValueError, match="no official model is 48 wide: pass num_heads"):
         load_encoder(path)
+
+
+def test_v_jepa_2_1_and_action_conditioned_files(tmp_path):
+    """Levels are the official ones of the depth unless given; predictors load strictly, as the official code does."""
+    path = saved(tmp_path, official_file("vjepa2_1", num_mask_tokens=8))
+    given = dict(num_heads=HEADS, native_side=4)
+    with pytest.raises(ValueError, match="no official model of 4 blocks has 4 levels: pass levels"):
+        load_encoder(path, **given)
+    encoder = load_encoder(path, levels=(0, 1, 2, 3), **given)
+    assert_equal(encoder.state_dict(), roles("vjepa2_1")["target_encoder"])
+    predictor = HierarchicalVideoPredictor(HierarchicalVideoPredictorConfig(embed_dim=24, depth=2, num_heads=2,
+                                                                           num_mask_tokens=8), encoder.config)
+    load_checkpoint(path, predictor, "predictor")
+    assert_equal(predictor.state_dict(), roles("vjepa2_1", num_mask_tokens=8)["predictor"])
+    path = saved(tmp_path, official_file("vjepa2_ac"))
+    assert load_encoder(path, "encoder", num_heads=HEADS).config.positions == "rotary"
+    predictor = ACPredictor(ACPredictorConfig(embed_dim=24, depth=2, num_heads=2), D, (SIDE, SIDE))
+    load_checkpoint(path, predictor, "predictor")
+    assert_equal(predictor.state_dict(), roles("vjepa2_ac")["predictor"])
+
+
+@pytest.mark.parametrize("width, depth, norms, levels", [(768, 12, 4, (2, 5, 8, 11)), (1664, 48, 4, (11, 23, 37, 47)),
+                                                         (1024, 24, 1, (23,))])
+def test_levels_of_official_depths(width, depth, norms, levels):
+    with torch.device("meta"):
+        state = {"patch_embed.proj.weight": torch.empty(width, 3, 2, 16, 16)}
+        state |= {f"norms_block.{i}.weight": torch.empty(width) for i in range(norms)}
+        state |= {f"blocks.{i}.mlp.fc1.weight": torch.empty(4 * width, width) for i in range(depth)}
+    assert infer_config(state, "vjepa2_1")["levels"] == levels
 
 
 @pytest.mark.parametrize("width, kernel, heads", [(1280, (14, 14), 16), (1408, (16, 16), 16), (1408, (2, 16, 16), 22),

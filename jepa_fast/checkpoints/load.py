@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..models.encoder import VisionTransformerConfig
 from ..models.video_encoder import VideoTransformerConfig
+from ..models.video_encoder21 import HierarchicalVideoTransformerConfig
 from ..nn.positions import sincos_3d
 from ._names import State, folded
 from .official import objective_of, optimizer_groups, optimizer_names, renumbered, roles_of
@@ -18,6 +19,7 @@ from .sniff import FORMATS, Foreign, read
 NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 NUM_HEADS_IMAGE = NUM_HEADS | {1408: 16, 1664: 16}
 NUM_HEADS_VIDEO = NUM_HEADS | {1408: 22, 1664: 26}
+LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}  # of V-JEPA 2.1, by depth
 
 UNUSED_TABLE = "positions are rotary; released files carry the table all the same"
 MAY_IGNORE = {  # family -> what a file may hold beyond the model, and why
@@ -142,22 +144,23 @@ def load_encoder(path: str | pathlib.Path | Foreign, which: str = "target_encode
 def encoder_fields(file: Foreign, which: str, **fields) -> dict:
     """Fields of the encoder's config: given, else as the file says, else read off the tensors."""
     said = file.fields(which) | fields
-    return infer_config(file.role(which), file.family, said.get("num_heads"), where=file.path) | said
+    return infer_config(file.role(which), file.family, said.get("num_heads"), said.get("levels"), where=file.path) | said
 
 
 def build_encoder(fields: dict) -> nn.Module:
-    return (VideoTransformerConfig if "tubelet_size" in fields else VisionTransformerConfig)(**fields).build()
+    config = HierarchicalVideoTransformerConfig if "levels" in fields else \
+        VideoTransformerConfig if "tubelet_size" in fields else VisionTransformerConfig
+    return config(**fields).build()
 
 
-def infer_config(state: State, family: str | None = None, num_heads: int | None = None, *, where: str = "file") -> dict:
-    """Fields of an encoder's config from its tensors: a VisionTransformerConfig's, or a VideoTransformerConfig's.
+def infer_config(state: State, family: str | None = None, num_heads: int | None = None,
+                 levels: tuple[int, ...] | None = None, *, where: str = "file") -> dict:
+    """Fields of an encoder's config from its tensors: of images, of clips, or of V-JEPA 2.1 (those with levels).
 
-    num_heads is not in the tensors: the official one of the width, unless given.
+    num_heads and levels are not in the tensors: the official ones of the width and the depth, unless given.
     """
-    if family == "vjepa2_1":
-        raise ValueError(f"{where} is a V-JEPA 2.1 encoder: build the module and pass it to load_checkpoint")
-    if "patch_embed.proj.weight" not in state or "norm.weight" not in state:
-        raise ValueError(f"{where}: a vision transformer has patch_embed.proj.weight and norm.weight, "
+    if "patch_embed.proj.weight" not in state or not {"norm.weight", "norms_block.0.weight"} & state.keys():
+        raise ValueError(f"{where}: a vision transformer has patch_embed.proj.weight, and norm.weight or norms_block, "
                          f"got {', '.join(list(state)[:4])}, ...")
     stem = state["patch_embed.proj.weight"]
     D, is_video = stem.shape[0], stem.dim() == 5
@@ -166,6 +169,8 @@ def infer_config(state: State, family: str | None = None, num_heads: int | None 
         raise ValueError(f"{where}: no official model is {D} wide: pass num_heads")
     fields = {"patch_size": stem.shape[-1], "in_chans": stem.shape[1], "num_heads": heads,
               **block_fields(state, "blocks")}
+    if "norms_block.0.weight" in state:
+        return fields | {"tubelet_size": stem.shape[2], "levels": _levels(state, fields["depth"], levels, where)}
     if is_video:
         return fields | {"tubelet_size": stem.shape[2]} | _video_positions(state, family, fields, stem.shape[2], where)
     tokens = state["pos_embed"].shape[1] - ("cls_token" in state)
@@ -191,6 +196,15 @@ def block_fields(state: State, blocks: str) -> dict:
     hidden, D = state[f"{blocks}.0.mlp.fc1.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith(f"{blocks}."))
     return {"embed_dim": D, "depth": depth, "mlp_ratio": hidden / D}
+
+
+def _levels(state: State, depth: int, given: tuple[int, ...] | None, where: str) -> tuple[int, ...]:
+    """Blocks with a norm of their own: the official ones of the depth; the last block where there is one norm."""
+    count = sum(name.startswith("norms_block.") and name.endswith("weight") for name in state)
+    levels = given or LEVELS.get(depth) if count > 1 else (depth - 1,)
+    if levels is None or len(levels) != count:
+        raise ValueError(f"{where}: no official model of {depth} blocks has {count} levels: pass levels, their numbers")
+    return tuple(levels)
 
 
 def _video_positions(state: State, family: str | None, fields: dict, tubelet_size: int, where: str) -> dict:
