@@ -10,7 +10,7 @@ from ..train import checkpoint
 from . import hf_ijepa, hf_vjepa2, native, official
 from ._names import State
 from ._write import whole
-from .load import Report, fitted, optimizer_state, source_of, trained_in
+from .load import Report, fitted, optimizer_state, source_of
 from .sniff import Foreign, read
 
 TARGETS = ("official", "ours", "hf", "safetensors")
@@ -51,14 +51,12 @@ def to_official(file: Foreign, target: pathlib.Path, *, which: str | None = None
     if file.family is None or not roles:
         raise ValueError(f"{file.path} is of none of {', '.join(official.PREFIXES)}: it holds {', '.join(file.roles)}")
     scalars = {key: file.other[key] for key in official.SCALARS if key in file.other} or progress(file)
-    optimizer, notes = None if which else file.other.get("opt"), ()
+    optimizer = None if which else file.other.get("opt")
     if optimizer is not None:
-        sizes = [len(names) for names in official.optimizer_names({role: roles[role] for role in trained_in(file)})]
-        if [len(group["params"]) for group in optimizer["param_groups"]] != sizes:
-            optimizer, notes = None, ("the optimizer is left out: it does not train both encoder and predictor",)
+        optimizer = official.official_optimizer(optimizer, roles)
     with whole(target, force=force) as temporary:
         torch.save(official.pack(roles, file.family, optimizer, **scalars), temporary)
-    return [Report(source_of(file), role, tuple(state), notes=notes) for role, state in roles.items()]
+    return [Report(source_of(file), role, tuple(state)) for role, state in roles.items()]
 
 
 def progress(file: Foreign) -> dict:

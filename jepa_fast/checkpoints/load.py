@@ -12,7 +12,7 @@ from ..models.video_encoder import VideoTransformerConfig
 from ..models.video_encoder21 import HierarchicalVideoTransformerConfig
 from ..nn.positions import sincos_3d
 from ._names import State, folded
-from .official import objective_of, optimizer_groups, optimizer_names, renumbered, roles_of
+from .official import TRAINED, objective_of, optimizer_groups, optimizer_names, renumbered, roles_of
 from .sniff import FORMATS, Foreign, read
 
 # official table of widths: V-JEPA 2's ViT-g and the ViT-G of 2.1 have heads of 64, I-JEPA's ViT-g has 16 heads of 88
@@ -79,7 +79,7 @@ def load_official(path: str | pathlib.Path | Foreign, objective: nn.Module,
     if optimizer is not None and file.other.get("opt") is not None:
         state = optimizer.state_dict()
         state["state"] = optimizer_state(file, own, list(objective.roles()))
-        settings = dict(zip(optimizer_groups(trained_in(file)), file.other["opt"]["param_groups"], strict=True))
+        settings = dict(zip(optimizer_groups(TRAINED), file.other["opt"]["param_groups"], strict=True))
         for name, group in zip(optimizer_groups(objective.roles()), state["param_groups"], strict=True):
             group |= {key: settings[name][key] for key in ("lr", "betas", "eps", "weight_decay")}
         optimizer.load_state_dict(state)
@@ -88,13 +88,8 @@ def load_official(path: str | pathlib.Path | Foreign, objective: nn.Module,
 
 def optimizer_state(file: Foreign, own: dict[str, State], trained: list[str]) -> dict[int, dict]:
     """The optimizer's state in a file, numbered as the parameters of the roles that train here."""
-    in_file = optimizer_names({role: file.role(role) for role in trained_in(file)})
+    in_file = optimizer_names({role: file.role(role) for role in TRAINED})
     return renumbered(file.other["opt"], in_file, optimizer_names({role: own[role] for role in trained}))
-
-
-def trained_in(file: Foreign) -> list[str]:
-    """Roles of the official optimizer, in its order."""
-    return [role for role in ("encoder", "predictor") if role in file.roles]
 
 
 def fitted_roles(file: Foreign, own: dict[str, State], *, resize_mask_tokens: bool = False) -> dict[str, State]:
