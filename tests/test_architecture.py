@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"tokenizers", "nn", "ops", "masking"},
     "objectives": {"models", "tokenizers", "nn", "optim", "ops", "masking"},
     "recipes": {"objectives", "models", "nn", "optim", "masking", "data"},
-    "eval": {"recipes", "objectives", "models", "data", "info", "train"},
+    "eval": {"recipes", "objectives", "models", "masking", "data", "info", "train"},
     "checkpoints": {"objectives", "models"},
     "train": {"recipes", "objectives", "optim", "data", "eval"},
     "info": {"ops"},
