@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "optim": {"ops"},
     "masking": set(),
     "data": set(),
+    "planning": {"reference", "ops", "nn", "models", "objectives", "data"},
     "nn": {"ops"},
     "tokenizers": {"nn", "ops"},
     "models": {"tokenizers", "nn", "ops", "masking"},

@@ -1,15 +1,20 @@
-"""Batches: data sets of images, their random views, and the loader."""
+"""Batches: data sets of images and videos, their random views, and the loader."""
 
+from .clip_transform import ClipTransform, EvalClipTransform
+from .clips import ClipSampling
 from .images import ImageFolder, ImageFolderData
 from .impossible import ImpossiblePairs
 from .loader import BadFile, BadFiles, load_batches, load_in_order, steps_per_epoch
 from .mnist import Mnist, MnistData
 from .moving_digits import MovingDigits, MovingDigitsData
-from .synthetic import SyntheticData, SyntheticImages
+from .shards import VideoShards
+from .synthetic import SyntheticData, SyntheticImages, SyntheticVideoData, SyntheticVideos
 from .tensor_augment import TensorAugment
 from .transforms import AsIs, EvalTransform, IjepaTransform, MultiCrop, lejepa_minimal_views
+from .video import VideoData, VideoFolder, VideoList
 
-__all__ = ["AsIs", "BadFile", "BadFiles", "EvalTransform", "IjepaTransform", "ImageFolder", "ImageFolderData",
-           "ImpossiblePairs", "Mnist", "MnistData", "MovingDigits", "MovingDigitsData", "MultiCrop", "SyntheticData",
-           "SyntheticImages", "TensorAugment", "lejepa_minimal_views", "load_batches", "load_in_order",
-           "steps_per_epoch"]
+__all__ = ["AsIs", "BadFile", "BadFiles", "ClipSampling", "ClipTransform", "EvalClipTransform", "EvalTransform",
+           "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mnist", "MnistData", "MovingDigits",
+           "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages", "SyntheticVideoData", "SyntheticVideos",
+           "TensorAugment", "VideoData", "VideoFolder", "VideoList", "VideoShards", "lejepa_minimal_views", "load_batches",
+           "load_in_order", "steps_per_epoch"]

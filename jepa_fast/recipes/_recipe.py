@@ -10,7 +10,7 @@ from typing import Literal
 import pydantic
 import yaml
 
-from ..data import ImageFolderData, MnistData, MovingDigitsData, SyntheticData
+from ..data import ImageFolderData, MnistData, MovingDigitsData, SyntheticData, SyntheticVideoData, VideoData
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
 from ..optim.schedules import Constant, Cosine, WarmupCosine
@@ -50,7 +50,7 @@ class Recipe:
     paper: str
     summary: str                               # one line, for `jepa-fast recipes`
     objective: LatentPredictionConfig | LeJEPAConfig
-    data: ImageFolderData | MnistData | MovingDigitsData | SyntheticData
+    data: ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticVideoData | VideoData
     optim: OptimConfig
     train: TrainConfig
 
