@@ -175,11 +175,11 @@ class MovingDigitsData:
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0, got {start_step}")
         B = global_batch_size // world_size
-        rows = _TrainingRows(len(dataset), seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
+        rows = _TrainingRows(dataset, seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
         return self._batches(dataset, rows, device)
 
     def _batches(self, dataset: MovingDigits, rows, device) -> Iterator[Batch]:
         for keys in rows:
-            index = torch.tensor([index for _, index in keys])
+            index = torch.tensor([index for _, index, *_ in keys])
             clips = self.normalise(dataset.clips(index).to(device, non_blocking=True))
             yield {"clips": clips, "labels": dataset.labels[index].to(device), "index": index}
