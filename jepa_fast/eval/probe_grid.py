@@ -103,8 +103,10 @@ class ProbeGrid:
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         flat = torch.cat([parameter.detach().flatten() for parameter in start.values()]).to(device, dtype)
         self.flat = flat.repeat(len(config.settings), 1).requires_grad_()
-        decays = [config.decay_all or not (name.endswith("bias") or len(shape) == 1) for name, shape in self.shapes.items()]
-        self.decays = torch.repeat_interleave(torch.tensor(decays), torch.tensor(self.sizes)).to(device, dtype)
+        decays = torch.tensor([not name.endswith("bias") and len(shape) > 1 for name, shape in self.shapes.items()])
+        # [1], or [P] where some parameters do not decay
+        self.decays = (torch.ones(1) if config.decay_all
+                       else torch.repeat_interleave(decays, torch.tensor(self.sizes))).to(device, dtype)
         self.mean_square, self.mean = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
 
     def fit(self, tokens: Tensor, labels: Tensor, rows: Tensor) -> None:
@@ -141,8 +143,8 @@ class ProbeGrid:
         self.mean.lerp_(grad, 1 - beta1)
         self.mean_square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         self.flat.mul_(1 - lr * weight_decay * self.decays)
-        update = (self.mean_square / (1 - beta2**step)).sqrt_().add_(eps).reciprocal_().mul_(self.mean)
-        self.flat.sub_(update.mul_(lr / (1 - beta1**step)))
+        deviation = self.mean_square.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+        self.flat.addcdiv_(self.mean * (lr / (1 - beta1**step)), deviation, value=-1)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[G, B, num_classes] of tokens [B, N, D]."""
