@@ -1,57 +1,269 @@
-"""Official I-JEPA checkpoints, written and read."""
+"""Checkpoints of others, read: what a file is, what of it goes into a module, and what is said where it does not fit."""
 
 import pytest
 import torch
+from golden_data import config, error, golden, under
+from official_files import FRAMES, HEADS, PATCH, SIDE, D, official_file, roles
 from test_ijepa import batch_of, build
+from torch import nn
 
-from jepa_fast.checkpoints import load_ijepa, save_ijepa
+from jepa_fast.checkpoints import infer_config, load_checkpoint, load_encoder, load_official, read, released, save_official
+from jepa_fast.checkpoints._names import folded, strip
+from jepa_fast.models.encoder import VisionTransformerConfig
+from jepa_fast.models.video_encoder import VideoTransformerConfig
+from jepa_fast.models.video_predictor import VideoPredictor, VideoPredictorConfig
+from jepa_fast.objectives.video_prediction import VideoPredictionConfig
 from jepa_fast.optim import AdamWEMA, param_groups
 
+FAMILIES = ("ijepa", "vjepa", "vjepa2", "vjepa2_ac", "vjepa2_1")
+VIDEO = dict(image_size=SIDE * PATCH, num_frames=FRAMES, patch_size=PATCH, embed_dim=D, depth=2, num_heads=HEADS)
 
-def trained(seed: int):
-    objective = build("ijepa_model", torch.float32)
+
+def saved(tmp_path, file: dict, name: str = "file.pt"):
+    torch.save(file, tmp_path / name)
+    return tmp_path / name
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_generation_is_recognised_and_written_back(family, tmp_path):
+    from jepa_fast.checkpoints import official
+
+    file = official_file(family)
+    found = read(saved(tmp_path, file))
+    assert (found.format, found.family) == ("official", family)
+    for role, state in roles(family).items():
+        assert_equal(found.roles[role], state)
+    assert found.other["epoch"] == 3 and found.other["world_size"] == 8
+    scalars = {key: found.other[key] for key in official.SCALARS}
+    again = official.pack(found.roles, family, found.other["opt"], **scalars)
+    assert again.keys() == file.keys()
+    for role in ("encoder", "predictor", "target_encoder"):
+        assert list(again[role]) == list(file[role])
+        assert_equal(again[role], file[role])
+
+
+def test_released_files_of_v_jepa_2_hold_a_table_that_is_not_used(tmp_path):
+    path = saved(tmp_path, official_file("vjepa2", with_table=True, num_mask_tokens=10))
+    assert read(path).family == "vjepa2"
+    encoder = VideoTransformerConfig(**VIDEO, positions="rotary").build()
+    report = load_checkpoint(path, encoder)
+    assert list(report.ignored) == ["pos_embed"] and not report.missing and len(report.loaded) == len(encoder.state_dict())
+    assert "blocks.0-1.attn.qkv.weight" in str(report)
+    assert "ignored pos_embed: [1, 32, 48], positions are rotary" in str(report)
+    theirs = roles("vjepa2", True)["target_encoder"]
+    assert_equal(encoder.state_dict(), {name: theirs[name] for name in theirs if name != "pos_embed"})
+    # the same table is an error where the model has none and the file is V-JEPA's
+    path = saved(tmp_path, official_file("vjepa"))
+    with pytest.raises(ValueError, match=r"target_encoder pos_embed is \[1, 32, 48\] in the file and absent in the model"):
+        load_checkpoint(path, encoder)
+
+
+def test_an_encoder_alone_with_a_table_needs_the_family(tmp_path):
+    path = saved(tmp_path, {"target_encoder": official_file("vjepa")["target_encoder"]})
+    with pytest.raises(ValueError, match="pass family='vjepa' or 'vjepa2'"):
+        read(path)
+    assert load_encoder(path, family="vjepa", num_heads=HEADS).config.positions == "sincos"
+    assert load_encoder(path, family="vjepa2", num_heads=HEADS).config.positions == "rotary"
+    with pytest.raises(ValueError, match="family must be one of ijepa, .*, got 'jepa'"):
+        read(path, family="jepa")
+
+
+def test_mask_tokens_change_in_number_only_where_asked(tmp_path):
+    path = saved(tmp_path, official_file("vjepa2", num_mask_tokens=4))
+    config = VideoTransformerConfig(**VIDEO, positions="rotary")
+
+    def predictor(count: int) -> nn.Module:
+        return VideoPredictor(VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=count), config)
+
+    with pytest.raises(ValueError, match=r"mask_tokens\.2 is \[1, 1, 24\] in the file and absent in the model; 1 more"):
+        load_checkpoint(path, predictor(2), "predictor")
+    with pytest.raises(ValueError, match=r"mask_tokens\.4 is absent in the file"):
+        load_checkpoint(path, predictor(6), "predictor")
+    fewer, more = predictor(2), predictor(6)
+    report = load_checkpoint(path, fewer, "predictor", resize_mask_tokens=True)
+    assert list(report.ignored) == ["mask_tokens.2", "mask_tokens.3"]
+    report = load_checkpoint(path, more, "predictor", resize_mask_tokens=True)
+    assert list(report.missing) == ["mask_tokens.4", "mask_tokens.5"]
+    theirs = roles("vjepa2")["predictor"]
+    assert all(torch.equal(fewer.mask_tokens[j], theirs[f"mask_tokens.{j}"]) for j in range(2))
+    assert all(torch.equal(more.mask_tokens[j], theirs[f"mask_tokens.{j}"]) for j in range(4))
+    assert not more.mask_tokens[4].any()
+
+
+@pytest.mark.parametrize("name, family", [("vjepa_model", "vjepa"), ("vjepa2_model_a", "vjepa2")])
+def test_encoders_from_files_alone_compute_what_the_official_ones_do(name, family, tmp_path):
+    """Golden weights in an official file; the encoder is built from the file without a config."""
+    data = golden(name)
+    file = {role: {f"module.{key}": value for key, value in under(data, f"weights/{role}/").items()}
+            for role in ("encoder", "predictor", "target_encoder")}
+    path = saved(tmp_path, file)
+    encoder = load_encoder(path, num_heads=config(name)["encoder"]["num_heads"])
+    assert read(path).family == family
+    assert error(encoder(data["input/step1/pixels"]), data["out/target_full"]) < 5e-6
+    if family == "vjepa":  # 75 tokens: 3 time steps of 5 x 5, told by the table
+        assert encoder.config.grid == (3, 5, 5)
+
+
+def test_i_jepa_encoder_from_a_file_alone(tmp_path):
+    path = saved(tmp_path, official_file("ijepa"), "IN1K.pth.tar")
+    encoder = load_encoder(path, "encoder", num_heads=HEADS)
+    assert (encoder.config.image_size, encoder.config.patch_size, encoder.config.depth) == (32, 8, 2)
+    assert_equal(encoder.state_dict(), roles("ijepa")["encoder"])
+    with pytest.raises(ValueError, match="no official model is 48 wide: pass num_heads"):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize("width, kernel, heads", [(1280, (14, 14), 16), (1408, (16, 16), 16), (1408, (2, 16, 16), 22),
+                                                  (1024, (2, 16, 16), 16), (1664, (2, 16, 16), 26)])
+def test_heads_of_official_widths(width, kernel, heads):
+    hidden = {1408: 6144, 1664: 8192}.get(width, 4 * width)
+    with torch.device("meta"):
+        state = {"patch_embed.proj.weight": torch.empty(width, 3, *kernel), "norm.weight": torch.empty(width),
+                 "blocks.0.mlp.fc1.weight": torch.empty(hidden, width)}
+        if len(kernel) == 2:
+            state["pos_embed"] = torch.empty(1, 196, width)
+    fields = infer_config(state)
+    assert fields["num_heads"] == heads and int(width * fields["mlp_ratio"]) == hidden
+    assert fields.get("image_size") == (14 * kernel[0] if len(kernel) == 2 else None)
+
+
+def test_wrappers_at_any_depth_and_roles_asked_for(tmp_path):
+    bare = roles("ijepa")["encoder"]
+    wrapped = {"module._orig_mod." + name.replace("blocks.0.", "blocks.0._orig_mod._fsdp_wrapped_module."): value
+               for name, value in bare.items()}
+    assert_equal(strip(wrapped), bare)
+    with pytest.raises(ValueError, match="two tensors are named norm.weight"):
+        strip({"module.norm.weight": bare["norm.weight"], "norm.weight": bare["norm.weight"]})
+    path = saved(tmp_path, {"ema_encoder": wrapped})
+    with pytest.raises(ValueError, match="has no target_encoder; it holds ema_encoder"):
+        load_encoder(path, num_heads=HEADS)
+    assert_equal(load_encoder(path, "ema_encoder", num_heads=HEADS).state_dict(), bare)
+    names = [f"blocks.{i}.norm1.bias" for i in (0, 1, 2, 4)]
+    assert folded([*names, "norm.bias"]) == ["blocks.0-2,4.norm1.bias", "norm.bias"]
+
+
+def test_what_is_not_a_checkpoint_is_said(tmp_path):
+    for file, message in (({"model": 1, "args": 2}, "holds model, args; expected an official I-JEPA"),
+                          ([1, 2], "holds a list; expected an official I-JEPA"),
+                          ({"fc.weight": torch.zeros(1)}, "holds tensors named fc.weight")):
+        with pytest.raises(ValueError, match=message):
+            read(saved(tmp_path, file))
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "broken.safetensors").write_bytes(b"123")
+    for name in ("empty.pt", "broken.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is not a readable"):
+            read(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="holds nothing; expected an official"):
+        read(tmp_path / "folder")
+    with pytest.raises(ValueError, match="no file or folder"):
+        read(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="ViT-L/16, 64 frames, 256 pixels.* https://dl.fbaipublicfiles.com/vjepa2/vitl.pt"):
+        read(tmp_path / "vitl.pt")
+
+
+def test_released_files_have_public_addresses():
+    files = released()
+    assert all(file.url.startswith("https://dl.fbaipublicfiles.com/") and file.url.endswith(name)
+               for name, file in files.items())
+    assert files["vjepa2_1_vitl_dist_vitG_384.pt"].encoder == "ema_encoder"
+    assert files["vitg.pt"].encoder == "target_encoder" and {file.family for file in files.values()} == set(FAMILIES)
+
+
+def trained(seed: int, kind: str = "ijepa"):
+    """An objective and its optimizer after a step, every parameter away from its start."""
+    if kind == "ijepa":
+        objective = build("ijepa_model", torch.float32)
+    else:
+        objective = VideoPredictionConfig(
+            encoder=VideoTransformerConfig(**VIDEO, positions="rotary"),
+            predictor=VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=4), mask_token_by="clip").build()
     torch.manual_seed(seed)
     for parameter in objective.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
     optimizer = AdamWEMA(param_groups(objective.roles(), 0.04), averages=objective.averages())
     optimizer.momentum = 0.9
-    objective(batch_of(objective, "ijepa_model", 1, torch.float32))["loss"].backward()
+    if kind == "ijepa":
+        objective(batch_of(objective, "ijepa_model", 1, torch.float32))["loss"].backward()
+    else:
+        batch = objective.prepare({"clips": torch.randn(2, 3, FRAMES, 32, 32)}, seed=0, step=0, first_sample=0)
+        objective(batch)["loss"].backward()
     optimizer.step()
     return objective, optimizer
 
 
-def test_round_trip_in_the_official_layout(tmp_path):
-    objective, optimizer = trained(0)
+@pytest.mark.parametrize("kind", ["ijepa", "vjepa2"])
+def test_round_trip_in_the_official_layout(kind, tmp_path):
+    objective, optimizer = trained(0, kind)
     path = tmp_path / "jepa-latest.pth.tar"
-    save_ijepa(path, objective, optimizer, epoch=7, loss=0.5, batch_size=3, world_size=1, lr=1e-3)
+    save_official(path, objective, optimizer, epoch=7, loss=0.5, batch_size=3, world_size=1, lr=1e-3)
     raw = torch.load(path, weights_only=True)
     assert set(raw) == {"encoder", "predictor", "target_encoder", "opt", "scaler", "epoch", "loss", "batch_size",
                         "world_size", "lr"}
-    assert "module.blocks.0.attn.qkv.weight" in raw["encoder"] and "module.mask_token" in raw["predictor"]
-    assert [len(group["params"]) for group in raw["opt"]["param_groups"]] == [10, 12, 19, 20]
-    other, other_optimizer = trained(1)
-    rest = load_ijepa(path, other, other_optimizer)
+    prefix = {"ijepa": "module.", "vjepa2": "module.backbone."}[kind]
+    assert prefix + "blocks.0.attn.qkv.weight" in raw["encoder"]
+    assert prefix + {"ijepa": "mask_token", "vjepa2": "mask_tokens.3"}[kind] in raw["predictor"]
+    if kind == "ijepa":
+        assert [len(group["params"]) for group in raw["opt"]["param_groups"]] == [10, 12, 19, 20]
+    other, other_optimizer = trained(1, kind)
+    rest = load_official(path, other, other_optimizer)
     assert rest["epoch"] == 7 and rest["lr"] == 1e-3
-    for (name, a), b in zip(objective.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    for a, b in zip(optimizer.state_dict()["state"].values(), other_optimizer.state_dict()["state"].values(), strict=True):
-        assert torch.equal(a["exp_avg"], b["exp_avg"]) and float(a["step"]) == float(b["step"])
+    assert_equal(objective.state_dict(), other.state_dict())
+    a, b = (o.state_dict()["state"] for o in (optimizer, other_optimizer))
+    assert a.keys() == b.keys()
+    for index in a:
+        assert torch.equal(a[index]["exp_avg"], b[index]["exp_avg"]) and float(a[index]["step"]) == float(b[index]["step"])
+
+
+def test_the_optimizer_of_a_file_with_frozen_tables_is_renumbered(tmp_path):
+    """Official V-JEPA 2 files with tables count them among the parameters; ours has none."""
+    objective, optimizer = trained(0, "vjepa2")
+    path = tmp_path / "latest.pt"
+    save_official(path, objective, optimizer)
+    raw = torch.load(path, weights_only=True)
+    for role, name in (("encoder", "pos_embed"), ("predictor", "predictor_pos_embed"), ("target_encoder", "pos_embed")):
+        raw[role] = {f"module.backbone.{name}": torch.zeros(1, 32, 48)} | raw[role]
+    sizes = [len(group["params"]) for group in raw["opt"]["param_groups"]]
+    # the encoder's table is parameter 0, the predictor's the first of the second group
+    moved = {i + 1 if i < sizes[0] else i + 2: state for i, state in raw["opt"]["state"].items()}
+    ends = [0, sizes[0] + 1, sizes[0] + sizes[1] + 2, sum(sizes[:3]) + 2, sum(sizes) + 2]
+    groups = [group | {"params": list(range(a, b))} for group, a, b in
+              zip(raw["opt"]["param_groups"], ends, ends[1:], strict=False)]
+    raw["opt"] = {"state": moved, "param_groups": groups}
+    torch.save(raw, path)
+    other, other_optimizer = trained(1, "vjepa2")
+    load_official(path, other, other_optimizer)
+    a, b = (o.state_dict()["state"] for o in (optimizer, other_optimizer))
+    assert a.keys() == b.keys() and all(torch.equal(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) for i in a)
+    raw["opt"]["param_groups"] = raw["opt"]["param_groups"][:2]
+    torch.save(raw, path)
+    with pytest.raises(ValueError, match="opt must have groups of"):
+        load_official(path, other, other_optimizer)
 
 
 def test_differences_are_named(tmp_path):
     objective, _ = trained(0)
     path = tmp_path / "file.pth.tar"
-    save_ijepa(path, objective)
+    save_official(path, objective)
     state = torch.load(path, weights_only=True)
     state["encoder"]["module.norm.weight"] = torch.zeros(7)
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"encoder norm\.weight is \[7\] in the file and \[48\] in the model"):
-        load_ijepa(path, objective)
+        load_official(path, objective)
     del state["encoder"]["module.norm.weight"]
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"encoder norm\.weight is absent in the file"):
-        load_ijepa(path, objective)
+        load_official(path, objective)
     del state["predictor"], state["encoder"]
     torch.save(state, path)
     with pytest.raises(ValueError, match="has no encoder"):
-        load_ijepa(path, objective)
+        load_official(path, objective)
+    model = VisionTransformerConfig(**{"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4})
+    report = load_checkpoint(saved(tmp_path, official_file("ijepa")), model.build().to(torch.bfloat16))
+    assert report.notes == ("float32 in the file, bfloat16 in the module",)

@@ -31,7 +31,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> VideoPrediction:
         predictor=VideoPredictorConfig(embed_dim=args["model"]["pred_embed_dim"], depth=args["model"]["pred_depth"],
                                        num_heads=args["model"]["pred_num_heads"], num_mask_tokens=tokens),
         masking=MultiBlock3D(mode="unbiased"),  # masks come from the file
-        mask_token_by="clip" if is_rotary else "mask").build()
+        mask_token_by="clip" if is_rotary else "mask", num_clip_lengths=len(groups_of(name))).build()
     for role, module in modules(objective).items():
         module.load_state_dict(under(data, f"weights/{role}/backbone."))
     return objective.to(dtype)

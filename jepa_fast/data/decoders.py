@@ -116,7 +116,11 @@ def _is_shown(packet) -> bool:
 
 
 class TorchCodec:
-    """torchcodec's decoder on the CPU; it reads the whole file once, without decoding, to number the frames."""
+    """torchcodec's decoder on the CPU: the same values as PyAV where both number the frames alike.
+
+    It reads the whole file once, without decoding, and numbers frames by their time stamps, which avi and MPEG streams
+    get wrong (seen with torchcodec 0.17): "auto" therefore prefers PyAV.
+    """
 
     def __init__(self, source: str | bytes):
         from torchcodec.decoders import VideoDecoder
