@@ -74,7 +74,7 @@ def test_probes_find_what_is_planted_and_nothing_in_shuffled_labels(monkeypatch)
 
 
 def test_raw_pixels_are_the_pixels():
-    split = next(iter(clip_splits.splits(MovingDigitsData(num_frames=4, image_size=32), 40, 20, CPU)))
+    split = next(iter(clip_splits.splits(MovingDigitsData(num_frames=4, image_size=32), 40, 20, 32, CPU)))
     features = video_run.features_of({"planted": Planted(5)}, split)
     clips = MovingDigits("train", 40, num_frames=4, image_size=32, num_digits=(1, 1), border="cross").clips(torch.arange(40))
     plain = clips.float() / 255
@@ -164,4 +164,4 @@ def test_strips_mistakes(tmp_path):
 def test_a_data_set_without_classes_is_one_clear_line():
     data = SyntheticVideoData(num_videos=30, num_frames=4, image_size=32, in_chans=1, num_classes=1)
     with pytest.raises(ValueError, match="probes need labels"):
-        clip_splits.splits(data, 10, 10, CPU)
+        clip_splits.splits(data, 10, 10, 32, CPU)

@@ -18,8 +18,11 @@ from jepa_fast.eval.surprise import (
 )
 from jepa_fast.masking import Masks, MultiBlock3D
 from jepa_fast.models.video_encoder import VideoTransformerConfig
+from jepa_fast.models.video_encoder21 import HierarchicalVideoTransformerConfig
 from jepa_fast.models.video_predictor import VideoPredictorConfig
+from jepa_fast.models.video_predictor21 import HierarchicalVideoPredictorConfig
 from jepa_fast.objectives.video_prediction import VideoPrediction, VideoPredictionConfig
+from jepa_fast.objectives.video_prediction21 import HierarchicalVideoPredictionConfig
 
 
 def tiny(positions: str = "sincos") -> VideoPrediction:
@@ -40,7 +43,7 @@ def test_a_window_is_predicted_from_its_first_time_steps(positions):
     """The surprise is the objective's own loss on that mask, and frames after the context reach only the target."""
     objective = tiny(positions)
     windows = torch.randn(3, 1, 16, 48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    prediction, target = predict_window(objective, windows, context_steps=3)
+    (prediction, target), = predict_window(objective, windows, context_steps=3)
     assert prediction.shape == target.shape == (3, 5 * 16, 24)
     expected = F.layer_norm(objective.target_encoder(windows), (24,))[:, 3 * 16:]
     assert torch.equal(target, expected)
@@ -52,10 +55,28 @@ def test_a_window_is_predicted_from_its_first_time_steps(positions):
     assert surprise.shape == (3,) and abs(float(surprise.mean() - loss.detach())) < 1e-10
     changed = windows.clone()
     changed[:, :, 6:] += 1
-    again, other = predict_window(objective, changed, context_steps=3)
+    (again, other), = predict_window(objective, changed, context_steps=3)
     assert torch.equal(again, prediction) and (other - target).abs().max() > 1e-3
     changed[:, :, :6] += 1
-    assert (predict_window(objective, changed, context_steps=3)[0] - prediction).abs().max() > 1e-6
+    assert (predict_window(objective, changed, context_steps=3)[0][0] - prediction).abs().max() > 1e-6
+
+
+def test_every_level_of_v_jepa_21_counts_alike():
+    """The surprise is the mean over levels, and the objective's own loss where context tokens do not count."""
+    torch.manual_seed(0)
+    config = HierarchicalVideoPredictionConfig(
+        encoder=HierarchicalVideoTransformerConfig(image_size=24, num_frames=8, patch_size=4, native_side=6, in_chans=1,
+                                                   embed_dim=32, depth=4, num_heads=2, levels=(1, 3)),
+        predictor=HierarchicalVideoPredictorConfig(embed_dim=24, depth=2, num_heads=2, num_mask_tokens=3),
+        masking=MultiBlock3D(mode="unbiased"), image_masking=MultiBlock3D(mode="unbiased"), context_weight=0.0)
+    objective = config.build().double().eval()
+    windows = torch.randn(2, 1, 8, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels = predict_window(objective, windows, context_steps=3)
+    assert len(levels) == 2 and all(part.shape == (2, 36, 32) for pair in levels for part in pair)
+    tokens = torch.arange(144).expand(2, 144)
+    masks = Masks.from_lists([tokens[:, :108]], [tokens[:, 108:]], 144)
+    loss = objective({"groups": [objective.group(windows, masks)]})["loss"].detach()
+    assert abs(float(latent_surprise(objective, 3)(windows).mean() - loss)) < 1e-10
 
 
 def test_windows_slide_over_the_clip():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from ..data import MovingDigitsData, SyntheticVideoData, VideoData, load_in_order
+from ..data import MixedData, MovingDigitsData, SyntheticVideoData, VideoData, load_in_order
 
 BATCH_SIZE = 32
 
@@ -22,7 +22,7 @@ class Split:
 
 
 def is_video(data) -> bool:
-    return isinstance(data, (MovingDigitsData, SyntheticVideoData, VideoData))
+    return isinstance(data, (MixedData, MovingDigitsData, SyntheticVideoData, VideoData))
 
 
 def mean_and_std(data, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -31,10 +31,11 @@ def mean_and_std(data, device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(value, device=device)[:, None, None, None] for value in (of.mean, of.std))
 
 
-def splits(data, max_train: int, max_test: int, device: torch.device) -> tuple[Split, Split]:
+def splits(data, max_train: int, max_test: int, image_size: int, device: torch.device) -> tuple[Split, Split]:
     """To fit and to judge: of a data set without a test part every fifth labelled video is held out.
 
-    Videos are seen as one clip, one square: with several of `eval_transform` the official evaluation averages over them.
+    Videos are seen as one clip, one square of image_size pixels; several of them, over which the official evaluation
+    averages, are left out.
     """
     if isinstance(data, MovingDigitsData):
         return _digits(data, "train", max_train, device), _digits(data, "test", max_test, device)
@@ -44,8 +45,8 @@ def splits(data, max_train: int, max_test: int, device: torch.device) -> tuple[S
         raise ValueError("probes need labels: put the videos of each class into a sub-folder of data.root, or list them")
     order = labelled[torch.randperm(len(labelled), generator=Generator().manual_seed(0))]
     is_test = torch.arange(len(order)) % 5 == 0
-    return (_videos(dataset, order[~is_test][:max_train], data, device),
-            _videos(dataset, order[is_test][:max_test], data, device))
+    return (_videos(dataset, order[~is_test][:max_train], data, image_size, device),
+            _videos(dataset, order[is_test][:max_test], data, image_size, device))
 
 
 def _digits(data: MovingDigitsData, split: str, num_clips: int, device: torch.device) -> Split:
@@ -60,8 +61,8 @@ def _digits(data: MovingDigitsData, split: str, num_clips: int, device: torch.de
                  *mean_and_std(data, device))
 
 
-def _videos(dataset, indices: Tensor, data: VideoData | SyntheticVideoData, device: torch.device) -> Split:
-    transform = replace(data.eval_transform, num_clips=1, num_crops=1)
+def _videos(dataset, indices: Tensor, data, image_size: int, device: torch.device) -> Split:
+    transform = replace(data.eval_transform, num_clips=1, num_crops=1, image_size=image_size)
     loader = load_in_order(_Subset(dataset, indices), transform, batch_size=BATCH_SIZE, num_workers=data.num_workers,
                            device=device)
     return Split(((batch["clips"], {"class": batch["labels"]}) for batch in loader), {"class": dataset.class_names},

@@ -17,36 +17,45 @@ from torch import Tensor
 
 from ..masking import Masks
 from ..objectives.video_prediction import VideoPrediction
+from ..objectives.video_prediction21 import HierarchicalVideoPrediction
 from .table import Table
+
+VideoObjective = VideoPrediction | HierarchicalVideoPrediction
 
 # windows [B, C, T, H, W] -> surprise [B]
 WindowSurprise = Callable[[Tensor], Tensor]
 
 
-def predict_window(objective: VideoPrediction, windows: Tensor, context_steps: int) -> tuple[Tensor, Tensor]:
-    """Prediction and target [B, K, D] of the time steps of windows [B, C, T, H, W] after the first `context_steps`.
+def predict_window(objective: VideoObjective, windows: Tensor, context_steps: int) -> list[tuple[Tensor, Tensor]]:
+    """(prediction, target) [B, K, D] of the time steps of windows [B, C, T, H, W] after the first `context_steps`.
 
-    Targets are normalised as in the loss; the mask token is the first one. ValueError if no step or all are context.
+    One pair for each level that the objective predicts: one, or several in V-JEPA 2.1. Targets are normalised as in the
+    loss; the mask token is the first one. Raises ValueError if no step or all are context.
     """
-    time, rows, columns = objective.encoder.patch_embed.grid(windows)
+    is_hierarchical = isinstance(objective, HierarchicalVideoPrediction)
+    time, rows, columns = (objective.encoder if is_hierarchical else objective.encoder.patch_embed).grid(windows)
     if not 0 < context_steps < time:
         raise ValueError(f"context_steps must be in [1, {time - 1}], of {time} time steps, got {context_steps}")
     B, N, first = len(windows), time * rows * columns, context_steps * rows * columns
     tokens = torch.arange(N).expand(B, N)
-    masks = objective.pack(Masks.from_lists([tokens[:, :first]], [tokens[:, first:]], N, is_paired=True))
-    masks = masks.to(windows.device)
-    prediction, target = objective.predict(windows, masks), objective.targets(windows)
-    target = F.layer_norm(target, target.shape[-1:]).view(B, N, -1)[:, first:]
-    return prediction.view_as(target), target
+    masks = Masks.from_lists([tokens[:, :first]], [tokens[:, first:]], N, is_paired=True)
+    if is_hierarchical:
+        groups = [objective.group(windows, masks, scale=0.0)]
+        predictions, targets = objective.predict(groups, groups[0].masks)[0][0], objective.targets(groups, groups[0].masks)
+    else:
+        masks = objective.pack(masks).to(windows.device)
+        predictions, targets = [objective.predict(windows, masks)], [objective.targets(windows)]
+    return [(prediction.view(B, N - first, -1), F.layer_norm(target, target.shape[-1:]).view(B, N, -1)[:, first:])
+            for prediction, target in zip(predictions, targets, strict=True)]
 
 
-def latent_surprise(objective: VideoPrediction, context_steps: int) -> WindowSurprise:
+def latent_surprise(objective: VideoObjective, context_steps: int) -> WindowSurprise:
     """The surprise of windows to an objective that predicts video: mean |prediction - target|."""
 
     @torch.no_grad()
     def surprise(windows: Tensor) -> Tensor:
-        prediction, target = predict_window(objective.eval(), windows, context_steps)
-        return (prediction - target).abs().mean((1, 2))
+        levels = predict_window(objective.eval(), windows, context_steps)
+        return sum((prediction - target).abs().mean((1, 2)) for prediction, target in levels) / len(levels)
 
     return surprise
 

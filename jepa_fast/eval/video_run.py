@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from .. import recipes
 from ..data import ImpossiblePairs
-from ..objectives.video_prediction import VideoPrediction
 from .clip_pictures import clip_strips, event_strips
 from .clip_splits import Split, is_video, mean_and_std, splits
 from .curves import learning_curves
@@ -18,7 +17,7 @@ from .knn import knn_accuracy
 from .linear import linear_probe
 from .pictures import features_scatter
 from .probe_grid import ProbeGridConfig, attentive_probe
-from .surprise import PairwiseAccuracy, latent_surprise, pairwise_accuracy, surprise_table
+from .surprise import PairwiseAccuracy, VideoObjective, latent_surprise, pairwise_accuracy, surprise_table
 from .table import Table
 
 MAX_TRAIN, MAX_TEST, NUM_PAIRS = 1000, 1000, 300
@@ -51,14 +50,14 @@ def evaluate_video(folder: pathlib.Path, recipe: "recipes.Recipe", untrained: nn
     raw_width = config.in_chans * config.tubelet_size * config.patch_size**2
     share = MAX_BYTES / (2 * math.prod(config.grid) * max(config.embed_dim, raw_width) * (MAX_TRAIN + MAX_TEST))
     most = [max(20, int(count * min(1.0, share))) for count in (MAX_TRAIN, MAX_TEST)]
-    train_split, test_split = splits(recipe.data, *most, device)
+    train_split, test_split = splits(recipe.data, *most, config.image_size, device)
     train, test = (features_of(encoders, split) for split in (train_split, test_split))
     title = f"{recipe.name} after {step} steps"
     heads = {name: config.num_heads for name in encoders} | {"raw pixels": math.gcd(raw_width, config.num_heads)}
     tables = [probe(train, test, heads, probe_depth, f"{title}: {count(train)} clips to fit the probes, {count(test)} to "
                                                      "judge them")]
-    pictures = draw(folder, test, test_split.class_names, config.grid)
-    if isinstance(trained, VideoPrediction):
+    pictures = draw(folder, test, test_split.class_names, config)
+    if isinstance(trained, VideoObjective):
         accuracies, picture = surprise(folder, objectives, recipe.data, device)
         tables.append(surprise_table(accuracies, f"{title}: percent of pairs whose impossible clip surprises more "
                                                  "(95 % interval)"))
@@ -120,7 +119,7 @@ def probe(train: Features, test: Features, num_heads: dict[str, int], depth: int
     return Table(title, ("features", "width", *columns), rows)
 
 
-def surprise(folder: pathlib.Path, objectives: dict[str, VideoPrediction], data,
+def surprise(folder: pathlib.Path, objectives: dict[str, VideoObjective], data,
              device: torch.device) -> tuple[dict[str, dict[str, PairwiseAccuracy]], tuple[str, str]]:
     """How often the impossible clip of a pair surprises more, by model and kind; clips half as long again as the model's."""
     config = next(iter(objectives.values())).config.encoder
@@ -143,13 +142,14 @@ def surprise(folder: pathlib.Path, objectives: dict[str, VideoPrediction], data,
     return accuracies, ("events.png", "Pairs of clips for violation of expectation, one of each kind.")
 
 
-def draw(folder: pathlib.Path, test: Features, class_names: dict[str, list[str]],
-         grid: tuple[int, int, int]) -> list[tuple[str, str]]:
+def draw(folder: pathlib.Path, test: Features, class_names: dict[str, list[str]], config) -> list[tuple[str, str]]:
     """The pictures of a run: (file name, caption) each."""
     pictures = []
     if (folder / "metrics.csv").is_file():
         learning_curves(folder / "metrics.csv", folder / "curves.png")
         pictures.append(("curves.png", "Learning curves, from metrics.csv."))
+    T, H, W = test.shown.shape[2:]
+    grid = T // config.tubelet_size, H // config.patch_size, W // config.patch_size
     tokens = {name: test.tokens[f"{name} encoder"][:len(test.shown)].float() for name in ("untrained", "trained")}
     clip_strips(tokens, grid, test.shown, folder / "tokens.png")
     pictures.append(("tokens.png", "Held-out clips and their tokens over time, coloured by the first three principal "
