@@ -49,7 +49,7 @@ def evaluate_video(folder: pathlib.Path, recipe: "recipes.Recipe", untrained: nn
     config = encoders["trained encoder"].config
     raw_width = config.in_chans * config.tubelet_size * config.patch_size**2
     share = MAX_BYTES / (2 * math.prod(config.grid) * max(config.embed_dim, raw_width) * (MAX_TRAIN + MAX_TEST))
-    most = [max(20, int(count * min(1.0, share))) for count in (MAX_TRAIN, MAX_TEST)]
+    most = [max(20, int(limit * min(1.0, share))) for limit in (MAX_TRAIN, MAX_TEST)]
     train_split, test_split = splits(recipe.data, *most, config.image_size, device)
     train, test = (features_of(encoders, split) for split in (train_split, test_split))
     title = f"{recipe.name} after {step} steps"
