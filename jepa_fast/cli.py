@@ -184,7 +184,7 @@ def convert(argv: list[str]) -> None:
 
     from . import checkpoints, recipes
 
-    files = [f"{name}: {file.model}; {file.url}" for name, file in checkpoints.released().items()]
+    files = [f"{name}: {file.model}; {file.encoder}; {file.url}" for name, file in checkpoints.released().items()]
     arguments = tyro.cli(Arguments, prog="jepa-fast convert", args=argv,
                          description="Write a checkpoint of any kind as another. Released files:\n\n" + "\n\n".join(files))
     recipe = None

@@ -17,6 +17,7 @@ from jepa_fast.cli import main
 from jepa_fast.eval.attentive import AttentiveProbe
 from jepa_fast.masking import Masks
 from jepa_fast.models.encoder import VisionTransformerConfig
+from jepa_fast.models.resnet import ResNetConfig
 from jepa_fast.models.video_predictor import VideoPredictor, VideoPredictorConfig
 from jepa_fast.train.loop import train
 
@@ -271,6 +272,15 @@ def test_runs_of_ours_say_their_configs(tmp_path):
     assert_equal(encoder.state_dict(), found.roles["encoder"])
     with pytest.raises(ValueError, match="is of none of ijepa, vjepa"):
         convert(tmp_path / "run", tmp_path / "no.pt", "official")
+    residual = tiny("lejepa_mnist", max_steps=1)
+    residual = dataclasses.replace(residual, objective=dataclasses.replace(
+        residual.objective, encoder=ResNetConfig(image_size=28, in_chans=1, width=8, depths=(1, 1), stem="small")))
+    train(residual, tmp_path / "residual")
+    export(tmp_path / "residual", tmp_path / "residual_weights")
+    encoder = load_encoder(tmp_path / "residual_weights", "encoder")
+    assert_equal(encoder.state_dict(), read(tmp_path / "residual").roles["encoder"])
+    with pytest.raises(ValueError, match="no encoder has all of the fields .*, num_head"):
+        load_encoder(tmp_path / "residual", "encoder", num_head=4)
     objective = tiny("ijepa_mnist").objective.build()
     export(objective, tmp_path / "objective")
     images = torch.randn(2, 1, 28, 28)

@@ -41,7 +41,7 @@ class Foreign:
 
     def fields(self, role: str) -> dict:
         """What the file says of a role's config: every encoder has the same."""
-        return self.config.get("encoder" if role.endswith("encoder") else role, {})
+        return self.config.get("encoder" if role in official.ENCODERS else role, {})
 
 
 def read(path: str | pathlib.Path, *, family: str | None = None) -> Foreign:
