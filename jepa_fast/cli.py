@@ -143,11 +143,12 @@ def evaluate(argv: list[str]) -> None:
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         run: Annotated[pathlib.Path, tyro.conf.Positional]  # the run folder
+        probe_depth: int = 1  # of the attentive probes of a video run: 1 as V-JEPA, 4 as V-JEPA 2
 
     arguments = tyro.cli(Arguments, prog="jepa-fast eval", args=argv)
     from .eval.run import evaluate_run
 
-    table, page = evaluate_run(arguments.run)
+    table, page = evaluate_run(arguments.run, probe_depth=arguments.probe_depth)
     print(table)
     print(f"page: {page}")
 

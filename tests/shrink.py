@@ -10,6 +10,7 @@ from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
 from jepa_fast.objectives.lejepa import LeJEPAConfig
 from jepa_fast.objectives.leworldmodel import LeWorldModelConfig
 from jepa_fast.objectives.video_prediction import VideoPredictionConfig
+from jepa_fast.objectives.video_prediction21 import HierarchicalVideoPredictionConfig
 from jepa_fast.recipes import Recipe
 
 
@@ -40,20 +41,36 @@ def lejepa(recipe: Recipe):
     return objective, images(recipe, encoder)
 
 
+NARROW = dict(embed_dim=48, depth=2, num_heads=3)
+
+
 def video_prediction(recipe: Recipe):
     objective = recipe.objective
-    encoder = objective.encoder
-    encoder = dataclasses.replace(encoder, embed_dim=12 * encoder.num_heads, depth=2, num_frames=4,
-                                  image_size=5 * encoder.patch_size)
+    encoder = dataclasses.replace(objective.encoder, **NARROW, mlp_ratio=4.0, num_frames=4,
+                                  image_size=5 * objective.encoder.patch_size)
     objective = dataclasses.replace(
-        objective, encoder=encoder,
-        predictor=dataclasses.replace(objective.predictor, embed_dim=12 * encoder.num_heads, depth=2),
+        objective, encoder=encoder, predictor=dataclasses.replace(objective.predictor, **NARROW),
         masking=dataclasses.replace(objective.masking, mask_group_size=4))
     if isinstance(recipe.data, MovingDigitsData):
         return objective, dataclasses.replace(recipe.data, num_frames=4, image_size=encoder.image_size, num_clips=24)
     return objective, SyntheticVideoData(
         num_videos=16, num_frames=4, image_size=encoder.image_size, in_chans=encoder.in_chans,
         transform=dataclasses.replace(recipe.data.transform, image_size=encoder.image_size))
+
+
+def hierarchical_video_prediction(recipe: Recipe):
+    """Two levels; lambda is whole from the first step, or the head of the context would not learn."""
+    objective = recipe.objective
+    encoder = dataclasses.replace(objective.encoder, **NARROW, mlp_ratio=4.0, levels=(0, 1), num_frames=4,
+                                  image_size=5 * objective.encoder.patch_size)
+    objective = dataclasses.replace(
+        objective, encoder=encoder, context_warmup=None, predictor=dataclasses.replace(objective.predictor, **NARROW),
+        masking=dataclasses.replace(objective.masking, mask_group_size=4),
+        image_masking=dataclasses.replace(objective.image_masking, mask_group_size=4))
+    crop = dataclasses.replace(recipe.data.videos.transform, image_size=encoder.image_size)
+    videos = SyntheticVideoData(num_videos=16, num_frames=4, image_size=encoder.image_size, transform=crop)
+    return objective, dataclasses.replace(recipe.data, videos=videos,
+                                          images=SyntheticData(num_images=32, image_size=encoder.image_size))
 
 
 def action_conditioned(recipe: Recipe):
@@ -95,4 +112,5 @@ def images(recipe: Recipe, encoder) -> SyntheticData:
 
 
 OBJECTIVES = {ActionConditionedConfig: action_conditioned, EBJEPAConfig: eb_jepa, LatentPredictionConfig: latent_prediction,
-              LeJEPAConfig: lejepa, LeWorldModelConfig: leworldmodel, VideoPredictionConfig: video_prediction}
+              HierarchicalVideoPredictionConfig: hierarchical_video_prediction, LeJEPAConfig: lejepa,
+              LeWorldModelConfig: leworldmodel, VideoPredictionConfig: video_prediction}

@@ -12,6 +12,7 @@ import yaml
 
 from ..data import (
     ImageFolderData,
+    MixedData,
     MnistData,
     MovingDigitsData,
     SyntheticData,
@@ -27,12 +28,13 @@ from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
 from ..objectives.leworldmodel import LeWorldModelConfig
 from ..objectives.video_prediction import VideoPredictionConfig
+from ..objectives.video_prediction21 import HierarchicalVideoPredictionConfig
 from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosine
 
-Objective = (ActionConditionedConfig | EBJEPAConfig | LatentPredictionConfig | LeJEPAConfig | LeWorldModelConfig
-             | VideoPredictionConfig)
-Data = (ImageFolderData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData | SyntheticVideoData
-        | TrajectoryData | TwoRoomsData | VideoData)
+Objective = (ActionConditionedConfig | EBJEPAConfig | HierarchicalVideoPredictionConfig | LatentPredictionConfig
+             | LeJEPAConfig | LeWorldModelConfig | VideoPredictionConfig)
+Data = (ImageFolderData | MixedData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData
+        | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
