@@ -53,9 +53,13 @@ def configs(file: Foreign, roles: Mapping[str, State], encoder: dict | None = No
         if role in official.ENCODERS:
             out["encoder"] = encoder_fields(file, role, **(encoder or {}))
         elif role == "predictor" and file.family in ("vjepa", "vjepa2"):
-            said = {name: value for name, value in (file.fields(role) | (predictor or {})).items() if value is not None}
-            heads = said.get("num_heads") or (out.get("encoder", {}).get("num_heads") if file.family == "vjepa" else None)
-            out["predictor"] = infer_predictor(roles[role], heads, where=file.path) | said
+            given = {name: value for name, value in (predictor or {}).items() if value is not None}
+            said = file.fields(role) | given
+            # None in a recipe: as many as the encoder, as in all V-JEPA files
+            as_encoder = "num_heads" in said or file.family == "vjepa"
+            heads = said.get("num_heads") or (out.get("encoder", {}).get("num_heads") if as_encoder else None)
+            inferred = infer_predictor(roles[role], heads, where=file.path)
+            out["predictor"] = inferred | said | {"num_heads": inferred["num_heads"]}
     return out
 
 
