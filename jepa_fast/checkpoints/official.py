@@ -140,7 +140,7 @@ def official_optimizer(optimizer: dict, roles: Mapping[str, State]) -> dict:
                          f"have, got {sizes}")
     settings, groups, start = dict(zip(optimizer_groups(trained), optimizer["param_groups"], strict=True)), [], 0
     for (is_bias, role), names in zip(optimizer_groups(in_file), theirs, strict=True):
-        group = settings.get((is_bias, role), settings[is_bias, "predictor"])
+        group = settings[(is_bias, role) if role in trained else (is_bias, "predictor")]
         groups.append(group | {"params": list(range(start, start + len(names)))})
         start += len(names)
     return {"state": renumbered(optimizer, ours, theirs), "param_groups": groups}
