@@ -17,7 +17,8 @@ USAGE = """usage: jepa-fast COMMAND ...
   eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
-  bench ops | step                            ratios against plain PyTorch, measured in one run
+  bench ops | step | video-step | video-memory
+                                              ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
