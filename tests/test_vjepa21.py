@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden_data import error
 
+from jepa_fast.checkpoints import load_official, save_official
 from jepa_fast.masking import BlockMask, Masks, MultiBlock3D, nearest_target
 from jepa_fast.models.video_encoder21 import HierarchicalVideoTransformerConfig
 from jepa_fast.models.video_predictor21 import HierarchicalVideoPredictor, HierarchicalVideoPredictorConfig
@@ -33,10 +34,11 @@ def build(dtype=torch.float64, **changes) -> HierarchicalVideoPrediction:
     return objective
 
 
-def batch_of(dtype=torch.float64, clips=2, images=3, size=24) -> dict:
+def batch_of(dtype=torch.float64, clips=2, images=3) -> dict:
+    """Frames of 6 x 5 tokens and images of 6 x 6: neither is the side that positions are stretched to, 5 x 5."""
     generator = torch.Generator().manual_seed(1)
     draw = {"generator": generator, "dtype": dtype}
-    return {"clips": torch.rand(clips, 3, 4, size, size, **draw), "images": torch.rand(images, 3, size, size, **draw),
+    return {"clips": torch.rand(clips, 3, 4, 24, 20, **draw), "images": torch.rand(images, 3, 24, 24, **draw),
             "index": torch.arange(clips)}
 
 
@@ -223,6 +225,17 @@ def test_levels_and_outputs_of_the_encoder():
     assert grid == (1, 6, 6) and tokens.shape == (3, 36, 32) and torch.equal(encoder.features(images), tokens.mean(1))
 
 
+def test_bfloat16_is_the_same_loss():
+    """Under autocast the loss and what it is made of are those of float32 to the precision of bfloat16."""
+    objective, batch = build(torch.float32), batch_of(torch.float32)
+    exact = objective(prepared(objective, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = objective(prepared(objective, batch))
+    for name in ("loss", "prediction_loss", "context_term", "loss_clips", "loss_images"):
+        assert ours[name].dtype == torch.float32
+        assert abs(float(ours[name].detach() / exact[name].detach()) - 1) < 1e-2, name
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_training_reduces_the_loss(autocast):
     objective, batch = build(torch.float32), batch_of(torch.float32)
@@ -301,6 +314,34 @@ def test_official_names_and_order():
         *(f"mask_tokens.{i}" for i in range(6)), *(f"predictor_blocks.{i}.{name}" for i in range(12) for name in block),
         *(f"{name}.{kind}" for name in ("predictor_norm", "predictor_proj", "predictor_proj_context")
           for kind in ("weight", "bias"))]
+
+
+def test_official_files_carry_the_whole_objective(tmp_path):
+    """Written, read into another model, and trained on: parameters, averages and the state of the optimizer."""
+    batch, states = batch_of(torch.float32), []
+    objective, other = build(torch.float32), dataclasses.replace(OBJECTIVE).build()
+
+    def optimizer_of(model):
+        optimizer = AdamWEMA(param_groups(model.roles(), 0.04), lr=1e-3, averages=model.averages())
+        optimizer.momentum = 0.9
+        return optimizer
+
+    def step(model, optimizer):
+        model(prepared(model, batch))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    optimizer = optimizer_of(objective)
+    step(objective, optimizer)
+    save_official(tmp_path / "latest.pth.tar", objective, optimizer, epoch=7)
+    names = torch.load(tmp_path / "latest.pth.tar")["encoder"]
+    assert "module.backbone.norms_block.3.weight" in names and "module.backbone.patch_embed_img.proj.bias" in names
+    other_optimizer = optimizer_of(other)
+    assert load_official(tmp_path / "latest.pth.tar", other, other_optimizer)["epoch"] == 7
+    for model, own in ((objective, optimizer), (other, other_optimizer)):
+        step(model, own)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_initialisation():
