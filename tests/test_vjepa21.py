@@ -1,11 +1,11 @@
-"""V-JEPA 2.1 against a plain version of its loss in float64, and against the numbers that its paper and files fix."""
+"""V-JEPA 2.1 against what the official modules computed, a plain version in float64, and numbers that its files fix."""
 
 import dataclasses
 
 import plain_vjepa21 as plain
 import pytest
 import torch
-from golden_data import error
+from golden_data import assert_moments, error, golden, under
 
 from jepa_fast.checkpoints import load_official, save_official
 from jepa_fast.masking import BlockMask, Masks, MultiBlock3D, nearest_target
@@ -64,6 +64,65 @@ def plain_loss(objective, weights, batch, step=3, scale=1.0) -> dict[str, torch.
     share = config.image_share if len(losses) == 2 else float("images" in losses)
     losses["loss"] = share * losses.get("images", 0) + (1 - share) * losses.get("clips", 0)
     return losses
+
+
+def official(dtype: torch.dtype, **changes) -> HierarchicalVideoPrediction:
+    """The model of the golden file (its README, section 13); loading is strict: our names are the official ones."""
+    encoder = HierarchicalVideoTransformerConfig(image_size=80, num_frames=4, embed_dim=32, depth=12, num_heads=2)
+    predictor = HierarchicalVideoPredictorConfig(embed_dim=32, depth=4, num_heads=2, num_mask_tokens=2)
+    objective = HierarchicalVideoPredictionConfig(encoder=encoder, predictor=predictor, masking=OBJECTIVE.masking,
+                                                  image_masking=OBJECTIVE.image_masking, context_warmup=None,
+                                                  **changes).build()
+    for role, module in (objective.roles() | {"target_encoder": objective.target_encoder.encoder}).items():
+        module.load_state_dict(under(golden("vjepa21_model"), f"weights/{role}/backbone."))
+    return objective.to(dtype)
+
+
+def official_groups(objective, dtype) -> dict[str, dict]:
+    """A batch of clips alone and one of images alone, with the masks of the file."""
+    groups = {}
+    for kind, num_tokens in (("clips", 50), ("images", 25)):
+        inputs = under(golden("vjepa21_model"), f"input/{kind}/")
+        lists = ([inputs[f"{name}{i}"] for i in range(len(inputs) // 2)] for name in ("context", "target"))
+        masks = Masks.from_lists(*lists, num_tokens, is_paired=True)
+        pixels = golden("vjepa21_model")[f"input/{kind}"].to(dtype)
+        groups[kind] = {"groups": [objective.group(pixels, masks)]}
+    return groups
+
+
+@pytest.mark.parametrize("dtype, prefix, limit", [(torch.float32, "", 2e-6), (torch.float64, "f64/", 1e-10)],
+                         ids=["float32", "float64"])
+def test_forward_equals_the_official_modules(dtype, prefix, limit):
+    data, objective, unweighted = golden("vjepa21_model"), official(dtype), official(dtype, weight_by_distance=False)
+    for kind, batch in official_groups(objective, dtype).items():
+        out, group = objective(batch), batch["groups"][0]
+        for name, ours in (("prediction_loss", out["prediction_loss"]), ("context_loss", out["context_term"] / 0.5)):
+            assert abs(float(ours.detach() / data[f"{prefix}train/{kind}/{name}"]) - 1) < limit, (kind, name)
+        context = unweighted(official_groups(unweighted, dtype)[kind])["context_term"] / 0.5
+        assert abs(float(context.detach() / data[f"{prefix}train/{kind}/context_loss_unweighted"]) - 1) < limit
+        final = objective.target_encoder(group.pixels)
+        assert error(final, data[f"{prefix}out/{kind}/encoder_output"]) < max(limit, 5e-6 if not prefix else 0)
+        rows = [data[f"out/{kind}/distance{i}"].flatten() for i in range(2 if kind == "clips" else 1)]
+        assert error(1 / group.nearness, torch.cat(rows)) < 1e-6
+        if prefix:
+            predictions, contexts = objective.predict([group], group.masks)
+            kinds = [len(part) for part in rows]
+            for i, part in enumerate(torch.cat(contexts[0], 1).split(kinds)):
+                assert_moments(part, data[f"f64/out/{kind}/context_prediction{i}"], limit, f"{kind} {i}")
+            assert_moments(torch.cat(predictions[0], 1), sum(
+                data[f"f64/out/{kind}/prediction{i}"] for i in range(len(rows))), limit, kind)
+
+
+def test_gradients_equal_the_official_modules():
+    """Of half the loss of the images and half that of the clips, as a step of as many ranks of either has."""
+    data, objective = golden("vjepa21_model"), official(torch.float64)
+    batch = {"groups": [batch["groups"][0] for batch in official_groups(objective, torch.float64).values()]}
+    objective(batch)["loss"].backward()
+    gradients = {f"f64/grad/{role}/backbone.{name}": p.grad for role, module in objective.roles().items()
+                 for name, p in module.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name in data if name.startswith("f64/grad/")}
+    for name, gradient in gradients.items():
+        assert_moments(gradient, data[name], 1e-10, name)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
