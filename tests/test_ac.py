@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden_data import assert_moments, config, error, golden, manifest, under
 from test_planning import check_plan
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_fast import recipes
 from jepa_fast.cli import count_parameters
@@ -252,6 +253,14 @@ def test_episodes_planned_together_equal_one_by_one():
         assert error(alone.actions[0], together.actions[e]) < 1e-5 and error(alone.cost, together.cost[one]) < 1e-5
 
 
+def test_nothing_is_read_back_from_the_device():
+    predictor = build_fresh()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        frame, pose = torch.empty(2, 1, 16, 40), torch.empty(2, 1, 7)
+        plan = CEMAC(num_iterations=2).plan(ACWorldModel(predictor, chunk_size=50).cost(frame, pose, frame), 2, seed=0)
+    assert plan.actions.shape == (2, 2, 7)
+
+
 # --- the objective in a run
 
 def small(**changes) -> ActionConditionedConfig:
@@ -269,9 +278,9 @@ def test_official_constants():
     assert (predictor.embed_dim, predictor.depth, predictor.num_heads) == (1024, 24, 16)
     assert (lr.start, lr.peak, lr.final, lr.warmup_epochs, lr.anneal_epochs) == (7.5e-5, 4.25e-4, 0.0, 15, 15)
     assert recipe.optim.weight_decay == Constant(value=0.04) and recipe.objective.auto_steps == 2
-    train = recipe.train
-    assert (train.batch_size, train.epochs, train.seed, train.precision) == (256, 315, 239, "bf16")
-    assert recipe.data.clips_per_epoch == 300 * 256 and (recipe.data.num_frames, recipe.data.fps) == (8, 4.0)
+    run = recipe.train
+    assert (run.batch_size, run.epochs, run.seed, run.precision) == (256, 315, 239, "bf16")
+    assert run.steps_per_epoch == 300 and (recipe.data.num_frames, recipe.data.fps) == (8, 4.0)
     assert count_parameters(recipe) / 1e6 == pytest.approx(305.2, rel=1e-3)
 
 

@@ -226,6 +226,7 @@ def square(actions):
     (lambda: CEM(horizon=0), "horizon must be at least 1, got 0"),
     (lambda: CEM(momentum_mean=1.5), r"momentum_mean must be in \[0, 1\], got 1.5"),
     (lambda: CEM(low=1.0, high=(0.0, 2.0)), "low must be at most high"),
+    (lambda: CEM(low=(0.0, 0.0), high=(1.0, 1.0, 1.0)), "low and high must have one number per action dimension"),
     (lambda: CEM(max_norm=0.0), "max_norm must be above 0"),
     (lambda: CEM(std=-1.0), "std must be at least 0"),
     (lambda: CEM(returns="median"), "returns must be mean, best or sample, got 'median'"),

@@ -68,7 +68,7 @@ class CentreCrop:
 
 
 class Trajectories:
-    """Files below `root`, sorted by path. `len()` is the clips per epoch: one of each file, or as many as asked for.
+    """Files below `root`, sorted by path.
 
     Raises ValueError where a folder holds no trajectory or a file has arrays of the wrong width; BadFile, which the loader
     skips, for a file that is damaged or too short.
@@ -77,29 +77,23 @@ class Trajectories:
     in_chans = 3
 
     def __init__(self, root: str | Path, *, num_frames: int = 8, fps: float = 4.0, source_fps: float | None = None,
-                 actions: str = "states", clips_per_epoch: int | None = None, crop: CentreCrop | None = None):
+                 actions: str = "states", crop: CentreCrop | None = None):
         self.root = Path(os.path.expanduser(root))
         if not self.root.is_dir():
             raise ValueError(f"no such folder: {printable(str(self.root))}")
         self.paths = sorted(path for path in self.root.rglob("*") if path.suffix in EXTENSIONS and path.name[0] != ".")
         if not self.paths:
             raise ValueError(f"no trajectories in {printable(str(self.root))}; expected {' or '.join(EXTENSIONS)} files")
-        for name, value in (("num_frames", num_frames), ("clips_per_epoch", clips_per_epoch or 1)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         if not fps > 0 or (source_fps is not None and not source_fps > 0):
             raise ValueError(f"fps and source_fps must be above 0, got {fps} and {source_fps}")
         if actions not in ("states", "file"):
             raise ValueError(f"actions must be states or file, got {actions!r}")
         self.num_frames, self.fps, self.source_fps = num_frames, fps, source_fps
         self.actions, self.crop = actions, crop or CentreCrop()
-        self.num_clips = clips_per_epoch or len(self.paths)
 
     def __len__(self) -> int:
-        return self.num_clips
-
-    @property
-    def num_files(self) -> int:
         return len(self.paths)
 
     def clip(self, index: int, generator: torch.Generator, features=None) -> dict[str, Tensor]:

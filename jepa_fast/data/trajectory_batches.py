@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .feature_cache import FeatureCache
-from .loader import BadFile, BadFiles, Batch, steps_per_epoch
+from .loader import BadFile, BadFiles, Batch
 from .poses import pose_difference
 from .seeds import generator_for
 from .trajectories import STATE_DIM, CentreCrop, Trajectories
@@ -32,7 +32,6 @@ class TrajectoryData:
     fps: float = 4.0                                # of a clip
     source_fps: float | None = None                 # of the files; None: their array fps
     actions: Literal["states", "file"] = "states"   # differences of states, or as stored between neighbouring frames
-    clips_per_epoch: int | None = None              # None: one of each file
     crop: CentreCrop = CentreCrop()
     features: str = ""                              # folder of a feature cache: frames are not read
     num_workers: int = 4                            # loader processes per rank; 0: in the training process
@@ -42,25 +41,23 @@ class TrajectoryData:
         if not self.root:
             raise ValueError("data.root is empty: pass --data.root FOLDER")
         return Trajectories(self.root, num_frames=self.num_frames, fps=self.fps, source_fps=self.source_fps,
-                            actions=self.actions, clips_per_epoch=self.clips_per_epoch, crop=self.crop)
+                            actions=self.actions, crop=self.crop)
 
     def batches(self, dataset: Trajectories, *, global_batch_size: int, seed: int = 0, start_step: int = 0,
                 num_steps: int | None = None, rank: int = 0, world_size: int = 1,
                 device: torch.device | str = "cpu") -> Iterator[Batch]:
         """Batches of one rank for the steps from `start_step` to `num_steps` (None: endless)."""
-        steps_per_epoch(dataset, global_batch_size)
-        if world_size < 1 or global_batch_size % world_size or not 0 <= rank < world_size:
-            raise ValueError("global_batch_size must be a multiple of world_size and rank below it, got "
+        if global_batch_size < 1 or world_size < 1 or global_batch_size % world_size or not 0 <= rank < world_size:
+            raise ValueError("global_batch_size must be a positive multiple of world_size, and rank below it, got "
                              f"{global_batch_size}, {world_size} and {rank}")
         if start_step < 0 or self.num_workers < 0:
             raise ValueError(f"start_step and num_workers must be at least 0, got {start_step} and {self.num_workers}")
         cache = FeatureCache.open(self.features, dataset) if self.features else None
-        rows = _Rows(dataset.num_files, seed, global_batch_size, rank, world_size, start_step, num_steps)
+        rows = _Rows(len(dataset), seed, global_batch_size, rank, world_size, start_step, num_steps)
         samples = _Clips(dataset, seed, cache, self.max_bad_fraction)
         loader = DataLoader(samples, batch_sampler=rows, collate_fn=list, num_workers=self.num_workers,
                             generator=torch.Generator(), pin_memory=torch.device(device).type == "cuda")
-        return _finished(loader, dataset, cache,
-                         BadFiles(dataset.num_files, self.max_bad_fraction, "trajectories"), device)
+        return _finished(loader, dataset, cache, BadFiles(len(dataset), self.max_bad_fraction, "trajectories"), device)
 
 
 class SyntheticTrajectories:
@@ -120,13 +117,13 @@ class _Clips:
     def __init__(self, dataset: Trajectories, seed: int, cache: FeatureCache | None, max_bad_fraction: float):
         self.dataset, self.seed, self.cache = dataset, seed, cache
         # one search that meets more unreadable files than this has settled the matter
-        self.max_bad = max(1, max_bad_fraction * dataset.num_files)
+        self.max_bad = max(1, max_bad_fraction * len(dataset))
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         permutation, index = key
         bad, rows = [], None if self.cache is None else self.cache.rows
-        for place in range(index, index + self.dataset.num_files):
-            place %= self.dataset.num_files
+        for place in range(index, index + len(self.dataset)):
+            place %= len(self.dataset)
             try:
                 clip = self.dataset.clip(place, generator_for(self.seed, permutation, place), rows)
             except BadFile as error:

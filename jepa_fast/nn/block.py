@@ -43,11 +43,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        return self._attend(x, sequences)[0]
+
+    def _attend(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """forward(x), and qkv [P, 3, H, d]."""
         P, D = x.shape
         qkv = self.qkv(x).view(P, 3, self.num_heads, D // self.num_heads)
         out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen, rotary=sequences.rotary,
                                    frame_size=sequences.frame_size)
-        return self.proj(out.view(P, D))
+        return self.proj(out.view(P, D)), qkv
 
     def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
         """Rows `rows` [Q] of forward(x): only they are queries; every row of x [P, D] is a key and a value."""
@@ -65,11 +69,8 @@ class Attention(nn.Module):
 
     def forward_and_keep(self, x: Tensor, sequences: Sequences, num_kept: int) -> tuple[Tensor, Tensor]:
         """forward(x) of B sequences of one length; keys and values [B, num_kept, 2, H, d] of their first tokens."""
-        P, D = x.shape
-        qkv = self.qkv(x).view(P, 3, self.num_heads, D // self.num_heads)
-        out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen, rotary=sequences.rotary,
-                                   frame_size=sequences.frame_size)
-        return self.proj(out.view(P, D)), qkv.view(-1, sequences.max_seqlen, *qkv.shape[1:])[:, :num_kept, 1:]
+        out, qkv = self._attend(x, sequences)
+        return out, qkv.unflatten(0, (-1, sequences.max_seqlen))[:, :num_kept, 1:]
 
     def extend(self, x: Tensor, kept: Tensor | None, new: Sequences, whole: Sequences) -> tuple[Tensor, Tensor]:
         """forward at the last rows x [B * Q, D] of B sequences of L + Q tokens, and their keys and values.

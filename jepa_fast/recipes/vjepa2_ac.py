@@ -26,9 +26,9 @@ def vjepa2_ac_vitg() -> Recipe:
                                            depth=40, num_heads=22, mlp_ratio=48 / 11, positions="rotary",
                                            rescale_init=True),
             predictor=ACPredictorConfig(embed_dim=1024, depth=24, num_heads=16), auto_steps=2),
-        data=TrajectoryData(num_frames=8, fps=4.0, clips_per_epoch=300 * 256, num_workers=12,
+        data=TrajectoryData(num_frames=8, fps=4.0, num_workers=12,
                             crop=CentreCrop(image_size=256, ratio=(0.75, 1.35))),
         optim=OptimConfig(lr=WarmupConstantLinear(start=7.5e-5, peak=4.25e-4, final=0.0, warmup_epochs=15,
                                                   anneal_epochs=15),
                           weight_decay=Constant(value=0.04)),
-        train=TrainConfig(batch_size=256, epochs=315, precision="bf16", seed=239))
+        train=TrainConfig(batch_size=256, epochs=315, steps_per_epoch=300, precision="bf16", seed=239))
