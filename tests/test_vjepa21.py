@@ -1,12 +1,13 @@
-"""V-JEPA 2.1 against a plain version of its loss in float64, and against the numbers that its paper and files fix."""
+"""V-JEPA 2.1 against what the official modules computed, a plain version in float64, and numbers that its files fix."""
 
 import dataclasses
 
 import plain_vjepa21 as plain
 import pytest
 import torch
-from golden_data import error
+from golden_data import assert_moments, error, golden, under
 
+from jepa_fast.checkpoints import load_official, save_official
 from jepa_fast.masking import BlockMask, Masks, MultiBlock3D, nearest_target
 from jepa_fast.models.video_encoder21 import HierarchicalVideoTransformerConfig
 from jepa_fast.models.video_predictor21 import HierarchicalVideoPredictor, HierarchicalVideoPredictorConfig
@@ -33,10 +34,11 @@ def build(dtype=torch.float64, **changes) -> HierarchicalVideoPrediction:
     return objective
 
 
-def batch_of(dtype=torch.float64, clips=2, images=3, size=24) -> dict:
+def batch_of(dtype=torch.float64, clips=2, images=3) -> dict:
+    """Frames of 6 x 5 tokens and images of 6 x 6: neither is the side that positions are stretched to, 5 x 5."""
     generator = torch.Generator().manual_seed(1)
     draw = {"generator": generator, "dtype": dtype}
-    return {"clips": torch.rand(clips, 3, 4, size, size, **draw), "images": torch.rand(images, 3, size, size, **draw),
+    return {"clips": torch.rand(clips, 3, 4, 24, 20, **draw), "images": torch.rand(images, 3, 24, 24, **draw),
             "index": torch.arange(clips)}
 
 
@@ -62,6 +64,65 @@ def plain_loss(objective, weights, batch, step=3, scale=1.0) -> dict[str, torch.
     share = config.image_share if len(losses) == 2 else float("images" in losses)
     losses["loss"] = share * losses.get("images", 0) + (1 - share) * losses.get("clips", 0)
     return losses
+
+
+def official(dtype: torch.dtype, **changes) -> HierarchicalVideoPrediction:
+    """The model of the golden file (its README, section 13); loading is strict: our names are the official ones."""
+    encoder = HierarchicalVideoTransformerConfig(image_size=80, num_frames=4, embed_dim=32, depth=12, num_heads=2)
+    predictor = HierarchicalVideoPredictorConfig(embed_dim=32, depth=4, num_heads=2, num_mask_tokens=2)
+    objective = HierarchicalVideoPredictionConfig(encoder=encoder, predictor=predictor, masking=OBJECTIVE.masking,
+                                                  image_masking=OBJECTIVE.image_masking, context_warmup=None,
+                                                  **changes).build()
+    for role, module in (objective.roles() | {"target_encoder": objective.target_encoder.encoder}).items():
+        module.load_state_dict(under(golden("vjepa21_model"), f"weights/{role}/backbone."))
+    return objective.to(dtype)
+
+
+def official_groups(objective, dtype) -> dict[str, dict]:
+    """A batch of clips alone and one of images alone, with the masks of the file."""
+    groups = {}
+    for kind, num_tokens in (("clips", 50), ("images", 25)):
+        inputs = under(golden("vjepa21_model"), f"input/{kind}/")
+        lists = ([inputs[f"{name}{i}"] for i in range(len(inputs) // 2)] for name in ("context", "target"))
+        masks = Masks.from_lists(*lists, num_tokens, is_paired=True)
+        pixels = golden("vjepa21_model")[f"input/{kind}"].to(dtype)
+        groups[kind] = {"groups": [objective.group(pixels, masks)]}
+    return groups
+
+
+@pytest.mark.parametrize("dtype, prefix, limit", [(torch.float32, "", 2e-6), (torch.float64, "f64/", 1e-10)],
+                         ids=["float32", "float64"])
+def test_forward_equals_the_official_modules(dtype, prefix, limit):
+    data, objective, unweighted = golden("vjepa21_model"), official(dtype), official(dtype, weight_by_distance=False)
+    for kind, batch in official_groups(objective, dtype).items():
+        out, group = objective(batch), batch["groups"][0]
+        for name, ours in (("prediction_loss", out["prediction_loss"]), ("context_loss", out["context_term"] / 0.5)):
+            assert abs(float(ours.detach() / data[f"{prefix}train/{kind}/{name}"]) - 1) < limit, (kind, name)
+        context = unweighted(official_groups(unweighted, dtype)[kind])["context_term"] / 0.5
+        assert abs(float(context.detach() / data[f"{prefix}train/{kind}/context_loss_unweighted"]) - 1) < limit
+        final = objective.target_encoder(group.pixels)
+        assert error(final, data[f"{prefix}out/{kind}/encoder_output"]) < max(limit, 5e-6 if not prefix else 0)
+        rows = [data[f"out/{kind}/distance{i}"].flatten() for i in range(2 if kind == "clips" else 1)]
+        assert error(1 / group.nearness, torch.cat(rows)) < 1e-6
+        if prefix:
+            predictions, contexts = objective.predict([group], group.masks)
+            kinds = [len(part) for part in rows]
+            for i, part in enumerate(torch.cat(contexts[0], 1).split(kinds)):
+                assert_moments(part, data[f"f64/out/{kind}/context_prediction{i}"], limit, f"{kind} {i}")
+            assert_moments(torch.cat(predictions[0], 1), sum(
+                data[f"f64/out/{kind}/prediction{i}"] for i in range(len(rows))), limit, kind)
+
+
+def test_gradients_equal_the_official_modules():
+    """Of half the loss of the images and half that of the clips, as a step of as many ranks of either has."""
+    data, objective = golden("vjepa21_model"), official(torch.float64)
+    batch = {"groups": [batch["groups"][0] for batch in official_groups(objective, torch.float64).values()]}
+    objective(batch)["loss"].backward()
+    gradients = {f"f64/grad/{role}/backbone.{name}": p.grad for role, module in objective.roles().items()
+                 for name, p in module.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name in data if name.startswith("f64/grad/")}
+    for name, gradient in gradients.items():
+        assert_moments(gradient, data[name], 1e-10, name)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -223,6 +284,17 @@ def test_levels_and_outputs_of_the_encoder():
     assert grid == (1, 6, 6) and tokens.shape == (3, 36, 32) and torch.equal(encoder.features(images), tokens.mean(1))
 
 
+def test_bfloat16_is_the_same_loss():
+    """Under autocast the loss and what it is made of are those of float32 to the precision of bfloat16."""
+    objective, batch = build(torch.float32), batch_of(torch.float32)
+    exact = objective(prepared(objective, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = objective(prepared(objective, batch))
+    for name in ("loss", "prediction_loss", "context_term", "loss_clips", "loss_images"):
+        assert ours[name].dtype == torch.float32
+        assert abs(float(ours[name].detach() / exact[name].detach()) - 1) < 1e-2, name
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_training_reduces_the_loss(autocast):
     objective, batch = build(torch.float32), batch_of(torch.float32)
@@ -281,7 +353,7 @@ def test_distilled_predictor_runs():
     context = torch.randn(len(masks.context_idx), 32, dtype=torch.float64)
     rows, contexts = predictor([context], masks, [(2, 6, 6)], [False], [len(context)], True)
     only_rows, nothing = predictor([context], masks, [(2, 6, 6)], [False], [len(context)], False)
-    assert nothing is None and error(only_rows, rows) < 1e-13
+    assert nothing is None and error(only_rows, rows.detach()) < 1e-13
     assert [part.shape for part in predictor.project(contexts, predictor.predictor_proj_context)] == [(len(contexts), 40)]
 
 
@@ -301,6 +373,34 @@ def test_official_names_and_order():
         *(f"mask_tokens.{i}" for i in range(6)), *(f"predictor_blocks.{i}.{name}" for i in range(12) for name in block),
         *(f"{name}.{kind}" for name in ("predictor_norm", "predictor_proj", "predictor_proj_context")
           for kind in ("weight", "bias"))]
+
+
+def test_official_files_carry_the_whole_objective(tmp_path):
+    """Written, read into another model, and trained on: parameters, averages and the state of the optimizer."""
+    batch, states = batch_of(torch.float32), []
+    objective, other = build(torch.float32), dataclasses.replace(OBJECTIVE).build()
+
+    def optimizer_of(model):
+        optimizer = AdamWEMA(param_groups(model.roles(), 0.04), lr=1e-3, averages=model.averages())
+        optimizer.momentum = 0.9
+        return optimizer
+
+    def step(model, optimizer):
+        model(prepared(model, batch))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    optimizer = optimizer_of(objective)
+    step(objective, optimizer)
+    save_official(tmp_path / "latest.pth.tar", objective, optimizer, epoch=7)
+    names = torch.load(tmp_path / "latest.pth.tar")["encoder"]
+    assert "module.backbone.norms_block.3.weight" in names and "module.backbone.patch_embed_img.proj.bias" in names
+    other_optimizer = optimizer_of(other)
+    assert load_official(tmp_path / "latest.pth.tar", other, other_optimizer)["epoch"] == 7
+    for model, own in ((objective, optimizer), (other, other_optimizer)):
+        step(model, own)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_initialisation():

@@ -4,10 +4,10 @@ A step has 3,072 clips, which the batch size counts, and 4,608 images, 9,216 in 
 take images only; here each takes its part of both, and `mask_group_size` is the official batch on a GPU of each kind.
 Schedules run over 1.25 times the training, so that a cool-down really ends at a learning rate of 1.21e-4.
 
-The YAML files could be read in copies of the official repository only. Two copies of ViT-L's differ in one number, the
-depth of the predictor: 24 and 12. Here it is 24, as in the files of ViT-g and ViT-G; for the other,
-`--objective.predictor.depth 12`. The released ViT-B and ViT-L are others: distilled from ViT-G, by a recipe that is not
-public. ViT-B's file needs one repair to run officially; its numbers are complete.
+Two public copies of the official repository differ in one number of ViT-L's files, the depth of the predictor: 24 in the
+one that was synchronised with it on 2026-03-27, and in the files of ViT-g and ViT-G; 12 in the other. Here it is 24; for
+the other, `--objective.predictor.depth 12`. The released ViT-B and ViT-L are others: distilled from ViT-G, by a recipe
+that is not public.
 
 A cool-down begins with a pre-training run: `--train.start-from RUN/checkpoints/last.pt`. Videos are three lists, drawn
 by weight, images a list or a folder: `--data.videos.csv K710.csv SSV2.csv HOWTO.csv --data.images.root IMAGENET/train`.
