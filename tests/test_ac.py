@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from test_planning import check_plan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_fast import recipes
-from jepa_fast.cli import count_parameters
+from jepa_fast.cli import count_parameters, main
 from jepa_fast.data import SyntheticTrajectoryData
 from jepa_fast.data.trajectories import CentreCrop
 from jepa_fast.models.ac_predictor import ACPredictor, ACPredictorConfig
@@ -257,7 +258,8 @@ def test_nothing_is_read_back_from_the_device():
     predictor = build_fresh()
     with FakeTensorMode(allow_non_fake_inputs=True):
         frame, pose = torch.empty(2, 1, 16, 40), torch.empty(2, 1, 7)
-        plan = CEMAC(num_iterations=2).plan(ACWorldModel(predictor, chunk_size=50).cost(frame, pose, frame), 2, seed=0)
+        cost = ACWorldModel(predictor, chunk_size=20).cost(frame, pose, frame)
+        plan = CEMAC(num_samples=12, num_iterations=1).plan(cost, 2, seed=0)
     assert plan.actions.shape == (2, 2, 7)
 
 
@@ -302,6 +304,32 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
+def test_training_from_a_cache_by_command(tmp_path, capsys):
+    """`jepa-fast cache`, then training from its features: the losses of training from pixels."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        np.savez(tmp_path / f"data/{i}.npz", frames=generator.integers(0, 256, (12, 9, 16, 3), dtype=np.uint8),
+                 states=generator.normal(size=(12, 7)), fps=4.0)
+    small_run = ("--data.root data --data.num-workers 0 --data.num-frames 3 --data.crop.image-size 16 --train.device cpu "
+                 "--objective.encoder-weights random --objective.encoder.image-size 16 --objective.encoder.patch-size 8 "
+                 "--objective.encoder.embed-dim 24 --objective.encoder.num-heads 2 --objective.encoder.depth 1 "
+                 "--objective.predictor.embed-dim 24 --objective.predictor.num-heads 2 --objective.predictor.depth 1 "
+                 "--train.batch-size 2 --train.max-steps 2 --train.log-every 1").replace("data ", f"{tmp_path}/data ", 1)
+    name, cache = "vjepa2_ac_vitg", str(tmp_path / "cache")
+    assert main(["cache", name, "--to", cache, *small_run.split()]) == 0
+    assert main(["train", name, "--run-dir", str(tmp_path / "a"), *small_run.split()]) == 0
+    assert main(["train", name, "--run-dir", str(tmp_path / "b"), "--data.features", cache, *small_run.split()]) == 0
+    losses = [[float(row["loss"]) for row in read_metrics(tmp_path / run / "metrics.csv")] for run in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+    capsys.readouterr()
+    for arguments, message in [(["cache", name, "--to", cache, *small_run.split()], "holds a feature cache already"),
+                               (["cache", "ijepa_vits16", "--to", "x"], "ijepa_vits16 has no frozen encoder"),
+                               (["cache", "--to", "x"], "usage: jepa-fast cache RECIPE --to FOLDER")]:
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_encoder_weights_are_loaded_strictly(tmp_path):
     torch.manual_seed(1)
     source = small().encoder.build()
@@ -336,7 +364,8 @@ def test_encoder_weights_are_loaded_strictly(tmp_path):
 def test_bad_batches(change, message):
     batch = {"clips": torch.zeros(2, 3, 4, 16, 16), "actions": torch.zeros(2, 3, 7), "states": torch.zeros(2, 4, 7)}
     with pytest.raises(ValueError, match=message):
-        small().build()(batch | change)
+        model = small().build()
+        model(batch | change | {"encoder": model.encoder_name()})
 
 
 def test_bad_settings():
