@@ -383,3 +383,51 @@ def test_bad_settings():
         world.cost(frame, torch.zeros(2, 7), frame)
     with pytest.raises(ValueError, match=r"actions must be \[E, S, H, 7\] with E = 2, got \[1, 3, 2, 7\]"):
         world.cost(frame, torch.zeros(2, 1, 7), frame)(torch.zeros(1, 3, 2, 7))
+
+
+# --- it learns, and what it learned plans
+
+def draw(xy):
+    """Frames [..., 3, 16, 16] with a blob at xy [..., 2], in [0, 1]."""
+    place = (torch.arange(16) + 0.5) / 16
+    square = (place - xy[..., :1, None]).square() + (place[:, None] - xy[..., 1:, None]).square()
+    return torch.exp(-square / (2 * 0.12**2)).unsqueeze(-3).expand(*xy.shape[:-1], 3, 16, 16) * 2 - 1
+
+
+def moving_hand(B, T, generator):
+    """Poses of a hand that moves by at most 0.1 in x and y, and what is seen of it."""
+    steps = (torch.rand(B, T - 1, 2, generator=generator) * 2 - 1) * 0.1
+    start = 0.2 + 0.6 * torch.rand(B, 1, 2, generator=generator)
+    states = torch.zeros(B, T, 7)
+    states[..., :2] = torch.cat([start, start + steps.cumsum(1)], 1).clamp(0.05, 0.95)
+    return {"clips": draw(states[..., :2]).transpose(1, 2), "actions": states.diff(dim=1), "states": states}
+
+
+@pytest.mark.slow
+def test_a_trained_model_plans_to_the_goal():
+    """250 steps on a frozen random encoder; then 16 hands, 0.25 from their goals, are planned to them in 6 steps."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    model = small(encoder=VideoTransformerConfig(image_size=16, num_frames=2, patch_size=4, embed_dim=48, depth=1,
+                                                 num_heads=2, positions="rotary"),
+                  predictor=ACPredictorConfig(embed_dim=64, depth=2, num_heads=2)).build()
+    for parameter in model.encoder.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(model.predictor.parameters(), lr=2e-3)
+    for _ in range(250):
+        optimizer.zero_grad()
+        model(moving_hand(32, 4, generator))["loss"].backward()
+        optimizer.step()
+
+    def see(pose):
+        return normalise(model.encode(draw(pose[:, None, :2]).transpose(1, 2)))
+
+    pose = moving_hand(16, 2, generator)["states"][:, 0]
+    goal = pose.clone()
+    goal[:, :2] = (goal[:, :2] + 0.25 * F.normalize(torch.randn(16, 2, generator=generator), dim=1)).clamp(0.1, 0.9)
+    start = (pose - goal)[:, :2].norm(dim=1).mean()
+    planner, world = CEMAC(max_step=0.1, num_samples=60, num_iterations=5, num_elites=6), ACWorldModel(model.predictor)
+    for step in range(6):
+        plan = planner.plan(world.cost(see(pose), pose[:, None], see(goal)), 16, seed=0, step=step)
+        pose[:, :2] = (pose + plan.actions[:, 0])[:, :2].clamp(0.05, 0.95)
+    assert (pose - goal)[:, :2].norm(dim=1).mean() < 0.4 * start
