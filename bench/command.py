@@ -1,4 +1,4 @@
-"""`jepa-fast bench ops | step | video-step`: measure, print, and keep the rows with device, versions and commit."""
+"""`jepa-fast bench ops | step | video-step | video-memory`: measure, print, and keep the rows with device, versions and commit."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    what: Annotated[Literal["ops", "step", "video-step"], tyro.conf.Positional]
+    what: Annotated[Literal["ops", "step", "video-step", "video-memory"], tyro.conf.Positional]
     repeats: int = 5                       # rounds over all providers
     only: str = ""                         # benches whose name contains this
     batch_size: int | None = None          # of a step; images 16, clips 2
@@ -28,7 +28,8 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
-    rows = {"ops": ops_rows, "step": step_rows, "video-step": video_step_rows}[arguments.what](arguments)
+    rows = {"ops": ops_rows, "step": step_rows, "video-step": video_step_rows,
+            "video-memory": video_memory_rows}[arguments.what](arguments)
     where = provenance()
     print(table(rows, f"{arguments.what} · {where['device']} · torch {where['torch']} · commit {where['commit']}"))
     if arguments.out:
@@ -62,6 +63,12 @@ def video_step_rows(arguments: Arguments) -> list[dict]:
     if arguments.precision != "fp32":
         raise ValueError(f"video-step is measured in fp32, got precision {arguments.precision}")
     return bench_video_step(arguments.batch_size or 2, arguments.repeats, arguments.image_size or 128)
+
+
+def video_memory_rows(arguments: Arguments) -> list[dict]:
+    from .video_memory import bench_video_memory
+
+    return bench_video_memory()
 
 
 def table(rows: list[dict], title: str) -> Table:

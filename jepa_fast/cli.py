@@ -18,7 +18,8 @@ USAGE = """usage: jepa-fast COMMAND ...
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   cache RECIPE --to FOLDER [...]              features of a frozen encoder, once; then train with --data.features FOLDER
   convert SOURCE TARGET --to official|ours|hf|safetensors   a checkpoint of any kind as another; --help for more
-  bench ops | step                            ratios against plain PyTorch, measured in one run
+  bench ops | step | video-step | video-memory
+                                              ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
@@ -144,11 +145,12 @@ def evaluate(argv: list[str]) -> None:
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         run: Annotated[pathlib.Path, tyro.conf.Positional]  # the run folder
+        probe_depth: int = 1  # of the attentive probes of a video run: 1 as V-JEPA, 4 as V-JEPA 2
 
     arguments = tyro.cli(Arguments, prog="jepa-fast eval", args=argv)
     from .eval.run import evaluate_run
 
-    table, page = evaluate_run(arguments.run)
+    table, page = evaluate_run(arguments.run, probe_depth=arguments.probe_depth)
     print(table)
     print(f"page: {page}")
 

@@ -35,7 +35,7 @@ def encoder_shapes(family: str, with_table: bool = False) -> dict[str, tuple[int
     out |= {"patch_embed.proj.weight": (D, 3, *kernel), "patch_embed.proj.bias": (D,)}
     if family == "vjepa2_1":
         out |= {"patch_embed_img.proj.weight": (D, 3, 1, PATCH, PATCH), "patch_embed_img.proj.bias": (D,)}
-    out |= blocks("blocks", D)
+    out |= blocks("blocks", D, 4 if family == "vjepa2_1" else DEPTH)
     if family == "vjepa2_1":
         return out | {k: v for level in range(4) for k, v in norm(f"norms_block.{level}", D).items()}
     return out | norm("norm", D)

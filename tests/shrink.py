@@ -41,14 +41,15 @@ def lejepa(recipe: Recipe):
     return objective, images(recipe, encoder)
 
 
+NARROW = dict(embed_dim=48, depth=2, num_heads=3)
+
+
 def video_prediction(recipe: Recipe):
     objective = recipe.objective
-    encoder = objective.encoder
-    encoder = dataclasses.replace(encoder, embed_dim=12 * encoder.num_heads, depth=2, num_frames=4,
-                                  image_size=5 * encoder.patch_size)
+    encoder = dataclasses.replace(objective.encoder, **NARROW, mlp_ratio=4.0, num_frames=4,
+                                  image_size=5 * objective.encoder.patch_size)
     objective = dataclasses.replace(
-        objective, encoder=encoder,
-        predictor=dataclasses.replace(objective.predictor, embed_dim=12 * encoder.num_heads, depth=2),
+        objective, encoder=encoder, predictor=dataclasses.replace(objective.predictor, **NARROW),
         masking=dataclasses.replace(objective.masking, mask_group_size=4))
     if isinstance(recipe.data, MovingDigitsData):
         return objective, dataclasses.replace(recipe.data, num_frames=4, image_size=encoder.image_size, num_clips=24)
@@ -60,11 +61,10 @@ def video_prediction(recipe: Recipe):
 def hierarchical_video_prediction(recipe: Recipe):
     """Two levels; lambda is whole from the first step, or the head of the context would not learn."""
     objective = recipe.objective
-    encoder = dataclasses.replace(objective.encoder, embed_dim=12 * objective.encoder.num_heads, depth=2, levels=(0, 1),
-                                  num_frames=4, image_size=5 * objective.encoder.patch_size)
+    encoder = dataclasses.replace(objective.encoder, **NARROW, mlp_ratio=4.0, levels=(0, 1), num_frames=4,
+                                  image_size=5 * objective.encoder.patch_size)
     objective = dataclasses.replace(
-        objective, encoder=encoder, context_warmup=None,
-        predictor=dataclasses.replace(objective.predictor, embed_dim=12 * objective.predictor.num_heads, depth=2),
+        objective, encoder=encoder, context_warmup=None, predictor=dataclasses.replace(objective.predictor, **NARROW),
         masking=dataclasses.replace(objective.masking, mask_group_size=4),
         image_masking=dataclasses.replace(objective.image_masking, mask_group_size=4))
     crop = dataclasses.replace(recipe.data.videos.transform, image_size=encoder.image_size)

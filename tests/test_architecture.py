@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "models": {"tokenizers", "nn", "ops", "masking"},
     "objectives": {"models", "tokenizers", "nn", "optim", "ops", "masking"},
     "recipes": {"objectives", "models", "nn", "optim", "masking", "data"},
-    "eval": {"recipes", "objectives", "models", "data", "info", "train", "planning"},
+    "eval": {"recipes", "objectives", "models", "masking", "data", "info", "train", "planning"},
     "checkpoints": {"recipes", "models", "nn", "train"},
     "train": {"recipes", "objectives", "optim", "data", "eval"},
     "info": {"ops"},

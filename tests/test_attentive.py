@@ -148,6 +148,19 @@ def test_grid_float32_forward_is_near_float64():
     assert (grid.logits(tokens) - exact).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_batches_in_parts_train_the_same(depth):
+    generator = torch.Generator().manual_seed(3)
+    tokens, labels = torch.randn(20, 5, 8, generator=generator, dtype=torch.float64), torch.arange(20) % 3
+    grids = []
+    for max_bytes in (2**33, 1):
+        config = ProbeGridConfig(depth=depth, num_heads=2, epochs=2, batch_size=10, lrs=(1e-2,), max_bytes=max_bytes)
+        grids.append(ProbeGrid(config, 8, 3, dtype=torch.float64))
+        grids[-1].fit(tokens, labels, torch.arange(20))
+    assert (grids[0].flat - grids[1].flat).abs().max() < 1e-9
+    assert [len(grid._parts(torch.arange(20), tokens)) for grid in grids] == [1, 20]
+
+
 def planted(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of noise; one of them, anywhere, carries the class. The mean over tokens says little."""
     generator = torch.Generator().manual_seed(seed)

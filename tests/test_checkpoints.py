@@ -1,18 +1,22 @@
 """Checkpoints of others, read: what a file is, what of it goes into a module, and what is said where it does not fit."""
 
 import pytest
+import test_ac
+import test_ijepa
+import test_vjepa
+import test_vjepa21
 import torch
 from golden_data import config, error, golden, under
 from official_files import FRAMES, HEADS, PATCH, SIDE, D, official_file, roles
-from test_ijepa import batch_of, build
 from torch import nn
 
 from jepa_fast.checkpoints import infer_config, load_checkpoint, load_encoder, load_official, read, released, save_official
 from jepa_fast.checkpoints._names import folded, strip
+from jepa_fast.models.ac_predictor import ACPredictor, ACPredictorConfig
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.video_encoder import VideoTransformerConfig
 from jepa_fast.models.video_predictor import VideoPredictor, VideoPredictorConfig
-from jepa_fast.objectives.video_prediction import VideoPredictionConfig
+from jepa_fast.models.video_predictor21 import HierarchicalVideoPredictor, HierarchicalVideoPredictorConfig
 from jepa_fast.optim import AdamWEMA, param_groups
 
 FAMILIES = ("ijepa", "vjepa", "vjepa2", "vjepa2_ac", "vjepa2_1")
@@ -76,10 +80,10 @@ def test_an_encoder_alone_with_a_table_needs_the_family(tmp_path):
 
 def test_mask_tokens_change_in_number_only_where_asked(tmp_path):
     path = saved(tmp_path, official_file("vjepa2", num_mask_tokens=4))
-    config = VideoTransformerConfig(**VIDEO, positions="rotary")
+    encoder = VideoTransformerConfig(**VIDEO, positions="rotary")
 
     def predictor(count: int) -> nn.Module:
-        return VideoPredictor(VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=count), config)
+        return VideoPredictor(VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=count), encoder)
 
     with pytest.raises(ValueError, match=r"mask_tokens\.2 is \[1, 1, 24\] in the file and absent in the model; 1 more"):
         load_checkpoint(path, predictor(2), "predictor")
@@ -117,6 +121,35 @@ def test_i_jepa_encoder_from_a_file_alone(tmp_path):
     assert_equal(encoder.state_dict(), roles("ijepa")["encoder"])
     with pytest.raises(ValueError, match="no official model is 48 wide: pass num_heads"):
         load_encoder(path)
+
+
+def test_v_jepa_2_1_and_action_conditioned_files(tmp_path):
+    """Levels are the official ones of the depth unless given; predictors load strictly, as the official code does."""
+    path = saved(tmp_path, official_file("vjepa2_1", num_mask_tokens=8))
+    given = dict(num_heads=HEADS, native_side=4)
+    with pytest.raises(ValueError, match="no official model of 4 blocks has 4 levels: pass levels"):
+        load_encoder(path, **given)
+    encoder = load_encoder(path, levels=(0, 1, 2, 3), **given)
+    assert_equal(encoder.state_dict(), roles("vjepa2_1")["target_encoder"])
+    predictor = HierarchicalVideoPredictor(HierarchicalVideoPredictorConfig(embed_dim=24, depth=2, num_heads=2,
+                                                                           num_mask_tokens=8), encoder.config)
+    load_checkpoint(path, predictor, "predictor")
+    assert_equal(predictor.state_dict(), roles("vjepa2_1", num_mask_tokens=8)["predictor"])
+    path = saved(tmp_path, official_file("vjepa2_ac"))
+    assert load_encoder(path, "encoder", num_heads=HEADS).config.positions == "rotary"
+    predictor = ACPredictor(ACPredictorConfig(embed_dim=24, depth=2, num_heads=2), D, (SIDE, SIDE))
+    load_checkpoint(path, predictor, "predictor")
+    assert_equal(predictor.state_dict(), roles("vjepa2_ac")["predictor"])
+
+
+@pytest.mark.parametrize("width, depth, norms, levels", [(768, 12, 4, (2, 5, 8, 11)), (1664, 48, 4, (11, 23, 37, 47)),
+                                                         (1024, 24, 1, (23,))])
+def test_levels_of_official_depths(width, depth, norms, levels):
+    with torch.device("meta"):
+        state = {"patch_embed.proj.weight": torch.empty(width, 3, 2, 16, 16)}
+        state |= {f"norms_block.{i}.weight": torch.empty(width) for i in range(norms)}
+        state |= {f"blocks.{i}.mlp.fc1.weight": torch.empty(4 * width, width) for i in range(depth)}
+    assert infer_config(state, "vjepa2_1")["levels"] == levels
 
 
 @pytest.mark.parametrize("width, kernel, heads", [(1280, (14, 14), 16), (1408, (16, 16), 16), (1408, (2, 16, 16), 22),
@@ -176,49 +209,55 @@ def test_released_files_have_public_addresses():
     assert files["vitg.pt"].encoder == "target_encoder" and {file.family for file in files.values()} == set(FAMILIES)
 
 
-def trained(seed: int, kind: str = "ijepa"):
+def trained(seed: int, family: str = "ijepa"):
     """An objective and its optimizer after a step, every parameter away from its start."""
-    if kind == "ijepa":
-        objective = build("ijepa_model", torch.float32)
+    if family == "vjepa2_1":
+        objective = test_vjepa21.build(torch.float32)
+        batch = objective.prepare(test_vjepa21.batch_of(torch.float32), seed=0, step=0, first_sample=0)
+    elif family == "vjepa2_ac":
+        objective, batch = test_ac.build("ac_model"), test_ac.batch_of("ac_model", 1, torch.float32)
     else:
-        objective = VideoPredictionConfig(
-            encoder=VideoTransformerConfig(**VIDEO, positions="rotary"),
-            predictor=VideoPredictorConfig(embed_dim=24, depth=2, num_mask_tokens=4), mask_token_by="clip").build()
+        name = {"ijepa": "ijepa_model", "vjepa": "vjepa_model", "vjepa2": "vjepa2_model_a"}[family]
+        module = test_ijepa if family == "ijepa" else test_vjepa
+        objective = module.build(name, torch.float32)
+        batch = module.batch_of(objective, name, 1, torch.float32)
     torch.manual_seed(seed)
     for parameter in objective.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
-    optimizer = AdamWEMA(param_groups(objective.roles(), 0.04), averages=objective.averages())
+    optimizer = AdamWEMA(param_groups(objective.roles(), 0.04 + seed), averages=objective.averages())
     optimizer.momentum = 0.9
-    if kind == "ijepa":
-        objective(batch_of(objective, "ijepa_model", 1, torch.float32))["loss"].backward()
-    else:
-        batch = objective.prepare({"clips": torch.randn(2, 3, FRAMES, 32, 32)}, seed=0, step=0, first_sample=0)
-        objective(batch)["loss"].backward()
+    objective(batch)["loss"].backward()
     optimizer.step()
     return objective, optimizer
 
 
-@pytest.mark.parametrize("kind", ["ijepa", "vjepa2"])
-def test_round_trip_in_the_official_layout(kind, tmp_path):
-    objective, optimizer = trained(0, kind)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_in_the_official_layout(family, tmp_path):
+    objective, optimizer = trained(0, family)
     path = tmp_path / "jepa-latest.pth.tar"
     save_official(path, objective, optimizer, epoch=7, loss=0.5, batch_size=3, world_size=1, lr=1e-3)
     raw = torch.load(path, weights_only=True)
-    assert set(raw) == {"encoder", "predictor", "target_encoder", "opt", "scaler", "epoch", "loss", "batch_size",
-                        "world_size", "lr"}
-    prefix = {"ijepa": "module.", "vjepa2": "module.backbone."}[kind]
-    assert prefix + "blocks.0.attn.qkv.weight" in raw["encoder"]
-    assert prefix + {"ijepa": "mask_token", "vjepa2": "mask_tokens.3"}[kind] in raw["predictor"]
-    if kind == "ijepa":
-        assert [len(group["params"]) for group in raw["opt"]["param_groups"]] == [10, 12, 19, 20]
-    other, other_optimizer = trained(1, kind)
+    target = {"target_encoder"} if family != "vjepa2_ac" else set()
+    assert set(raw) == {"encoder", "predictor", "opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr"} | target
+    prefix = "module." if family in ("ijepa", "vjepa2_ac") else "module.backbone."
+    assert prefix + "blocks.0.attn.qkv.weight" in raw["encoder"] and prefix + "predictor_norm.bias" in raw["predictor"]
+    # what torch.optim.AdamW of the official code would take: groups of encoder and predictor, weights, then biases
+    parameters = [[torch.nn.Parameter(torch.zeros_like(value)) for name, value in raw[role].items()
+                   if (value.dim() > 1 and "bias" not in name) == is_weight]
+                  for is_weight in (True, False) for role in ("encoder", "predictor")]
+    assert [len(group["params"]) for group in raw["opt"]["param_groups"]] == [len(group) for group in parameters]
+    adamw = torch.optim.AdamW([{"params": group} for group in parameters])
+    adamw.load_state_dict(raw["opt"])
+    assert all(state["exp_avg"].shape == parameter.shape for parameter, state in adamw.state.items()) and adamw.state
+    other, other_optimizer = trained(1, family)
     rest = load_official(path, other, other_optimizer)
     assert rest["epoch"] == 7 and rest["lr"] == 1e-3
     assert_equal(objective.state_dict(), other.state_dict())
-    a, b = (o.state_dict()["state"] for o in (optimizer, other_optimizer))
-    assert a.keys() == b.keys()
-    for index in a:
-        assert torch.equal(a[index]["exp_avg"], b[index]["exp_avg"]) and float(a[index]["step"]) == float(b[index]["step"])
+    a, b = (o.state_dict() for o in (optimizer, other_optimizer))
+    assert a["state"].keys() == b["state"].keys() and a["param_groups"] == b["param_groups"]
+    for index, state in a["state"].items():
+        assert torch.equal(state["exp_avg"], b["state"][index]["exp_avg"])
+        assert float(state["step"]) == float(b["state"][index]["step"]) == 1
 
 
 def test_the_optimizer_of_a_file_with_frozen_tables_is_renumbered(tmp_path):
@@ -228,7 +267,7 @@ def test_the_optimizer_of_a_file_with_frozen_tables_is_renumbered(tmp_path):
     save_official(path, objective, optimizer)
     raw = torch.load(path, weights_only=True)
     for role, name in (("encoder", "pos_embed"), ("predictor", "predictor_pos_embed"), ("target_encoder", "pos_embed")):
-        raw[role] = {f"module.backbone.{name}": torch.zeros(1, 32, 48)} | raw[role]
+        raw[role] = {f"module.backbone.{name}": torch.zeros(1, 75, 64)} | raw[role]
     sizes = [len(group["params"]) for group in raw["opt"]["param_groups"]]
     # the encoder's table is parameter 0, the predictor's the first of the second group
     moved = {i + 1 if i < sizes[0] else i + 2: state for i, state in raw["opt"]["state"].items()}

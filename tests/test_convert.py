@@ -14,6 +14,7 @@ from jepa_fast.checkpoints import convert, export, hf_ijepa, hf_vjepa2, load_che
 from jepa_fast.checkpoints._names import join_split, split_joined
 from jepa_fast.checkpoints._write import whole
 from jepa_fast.cli import main
+from jepa_fast.eval.attentive import AttentiveProbe
 from jepa_fast.masking import Masks
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.video_predictor import VideoPredictor, VideoPredictorConfig
@@ -164,7 +165,17 @@ def test_v_jepa_2_classifier_and_the_official_probe(tmp_path):
     assert probe["pooler.blocks.1.attn.qkv.weight"].shape == (144, 48) and probe["linear.weight"].shape == (3, 48)
     torch.save({"classifiers": [{f"module.{name}": value for name, value in probe.items()}], "epoch": 1}, tmp_path / "p.pt")
     assert_equal(read(tmp_path / "p.pt").roles["probe"], probe)
-    convert(tmp_path / "hf", tmp_path / "again", "hf", which="encoder")
+    # the same function as our probe, but for the epsilon of its norms
+    ours = AttentiveProbe(48, 3, depth=3, num_heads=4)
+    load_checkpoint(tmp_path / "hf", ours, "probe")
+    for module in theirs.pooler.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+    tokens = torch.randn(2, 10, 48)
+    with torch.no_grad():
+        assert error(ours(tokens), theirs.classifier(theirs.pooler(tokens))) < TOLERANCE
+    reports = convert(tmp_path / "hf", tmp_path / "again", "hf", which="encoder")
+    assert any("epsilon" in note for note in reports[0].notes)
     again = loaded(transformers.VJEPA2ForVideoClassification, tmp_path / "again")
     assert_equal(again.state_dict(), theirs.state_dict())
     assert again.config.num_labels == 3 and len(again.pooler.self_attention_layers) == 2
@@ -232,6 +243,10 @@ def test_a_run_goes_to_an_official_file_and_comes_back_to_go_on(tmp_path):
     convert(tmp_path / "run", tmp_path / "latest.pth.tar", "official")
     raw = torch.load(tmp_path / "latest.pth.tar", weights_only=True)
     assert raw["epoch"] == 0 and raw["loss"] > 0 and raw["lr"] > 0 and len(raw["opt"]["param_groups"]) == 4
+    convert(tmp_path / "run", tmp_path / "hf", "hf")
+    images = torch.randn(2, 1, 28, 28)
+    theirs = loaded(transformers.IJepaModel, tmp_path / "hf", add_pooling_layer=False)
+    assert error(load_encoder(tmp_path / "run")(images), theirs(images).last_hidden_state.detach()) < TOLERANCE
     convert(tmp_path / "latest.pth.tar", tmp_path / "back", "ours", recipe=recipe)
     assert state_of(tmp_path / "back")["step"] == 3
     assert_equal_states(state_of(tmp_path / "back")["objective"], state_of(tmp_path / "run")["objective"])

@@ -36,6 +36,13 @@ from jepa_fast.data import (
 )
 from jepa_fast.data.clips import clip_indices, frame_step_of
 from jepa_fast.data.seeds import generator_for, mix_seed
+from jepa_fast.models.video_encoder import VideoTransformerConfig
+from jepa_fast.models.video_predictor import VideoPredictorConfig
+from jepa_fast.objectives.video_prediction import VideoPredictionConfig
+from jepa_fast.optim.schedules import Constant, WarmupCosine
+from jepa_fast.recipes import OptimConfig, Recipe, TrainConfig
+from jepa_fast.train import checkpoint
+from jepa_fast.train.loop import train
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -63,10 +70,12 @@ def numbers_of(clip: torch.Tensor) -> list[int]:
 
 
 def encode(path, num_frames: int = 40, *, size=(72, 48), codec="libx264", rate=30, gop=12, times=None, first=0,
-           pix_fmt="yuv420p", **options) -> str:
+           pix_fmt="yuv420p", rotation=0, **options) -> str:
     with av.open(str(path), "w", options=options.pop("container", {})) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
         stream.gop_size, stream.max_b_frames = gop, 3 if codec in ("libx264", "mpeg2video") else 0
         for number in range(num_frames):
             picture = av.VideoFrame.from_ndarray(frame(number + first, *size), format="rgb24")
@@ -148,6 +157,7 @@ def decoder(name):
 
 
 FILES = {"h264.mp4": {}, "h264.mkv": {}, "h264.avi": {}, "h264.ts": {}, "vp9.webm": dict(codec="libvpx-vp9"),
+         "open-gop.hevc.mp4": dict(codec="libx265", **{"x265-params": "log-level=none:open-gop=1:keyint=12:bframes=4"}),
          "open-gop.mpg": dict(codec="mpeg2video"), "odd.mp4": dict(size=(77, 49), pix_fmt="yuv444p"),
          "one-keyframe.mp4": dict(gop=500), "fragmented.mp4": dict(container={"movflags": "frag_keyframe+empty_moov"}),
          "variable.mp4": dict(times=np.cumsum([1 + i * i % 7 for i in range(60)]).tolist())}
@@ -171,6 +181,29 @@ def test_exactly_the_frames_asked_for(tmp_path, name, backend, monkeypatch):
     video.close()
     with open(path, "rb") as file:
         assert number_of(decoder(backend)(file.read()).read(np.array([47]))[0]) == 47
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+@pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
+def test_frames_are_upright(tmp_path, backend, rotation):
+    path = encode(tmp_path / "x.mp4", 9, rotation=rotation)
+    raw = frames_of(path)[[3, 8]]
+    turned = np.rot90(raw, {90: 1, -90: -1, 180: 2}[rotation], axes=(1, 2))
+    assert np.array_equal(decoder(backend)(path).read(np.array([3, 8])), turned)
+
+
+@pytest.mark.parametrize("first_time", [-20, -6, 5])
+def test_what_an_edit_list_cuts_away_is_not_counted(tmp_path, first_time):
+    """As in clips cut without encoding again: the keyframe lies before the first frame shown."""
+    path = encode(tmp_path / "x.mp4", 60, times=list(range(first_time, first_time + 60)),
+                  container={"avoid_negative_ts": "disabled"})
+    shown = list(range(max(0, -first_time), 60))
+    assert [number_of(pixels) for pixels in frames_of(path)] == shown
+    video = decoders.PyAV(path)
+    assert video.num_frames == len(shown)
+    assert [number_of(pixels) for pixels in video.read(np.arange(len(shown)))] == shown
+    for number in (len(shown) - 1, 0, 3, 11, 21, 30):
+        assert number_of(video.read(np.array([number]))[0]) == shown[number]
 
 
 def test_a_clip_of_a_long_video_reads_a_small_part_of_it(tmp_path, monkeypatch):
@@ -203,6 +236,9 @@ def test_a_missing_decoder_is_an_error_that_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r'torchcodec: pip install "jepa_fast\[torchcodec\]"'):
         decoders.choose_decoder("torchcodec")
     assert decoders.choose_decoder("auto") is decoders.PyAV
+    with monkeypatch.context() as older, pytest.raises(ImportError, match="version 17.1 or newer is needed, got 17.0.1"):
+        older.setattr(av, "__version__", "17.0.1")
+        decoders.choose_decoder("pyav")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r'^videos need a decoder; pyav: pip install "jepa_fast\[video\]" .*torchcodec'):
         decoders.choose_decoder("auto")
@@ -352,6 +388,8 @@ def test_shards_give_what_files_give(videos, tmp_path):
     assert shards.labels.tolist() == [4, 5, 6, 0, 1, 2, 0] and len(shards.class_names) == 7
     for i in range(7):
         assert torch.equal(shards.clip(i, generator_for(i)), folder.clip(i, generator_for(i)))
+    weighted = VideoShards([f"{tmp_path}/train-{{000..001}}.tar", f"{tmp_path}/train-002.tar"], (0.0, 1.0), sampling)
+    assert weighted.sizes == (6, 1) and set(weighted.order(generator_for(0)).tolist()) == {6}
     alone, workers = (list(load_batches(VideoData(shards=(f"{tmp_path}/train-*.tar",)).build(), SMALL, num_steps=5,
                                         global_batch_size=3, num_workers=n)) for n in (0, 2))
     assert all(torch.equal(a["clips"], b["clips"]) for a, b in zip(alone, workers, strict=True))
@@ -444,6 +482,23 @@ def test_workers_ranks_and_resuming_change_nothing(videos):
     assert not same(alone[0], next(data.batches(dataset, **run | dict(seed=2))))
 
 
+def test_a_run_on_videos_resumes_bit_equal(videos, tmp_path):
+    encoder = VideoTransformerConfig(image_size=64, num_frames=4, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    recipe = Recipe(
+        name="tiny", paper="", summary="", objective=VideoPredictionConfig(
+            encoder=encoder, predictor=VideoPredictorConfig(embed_dim=24, depth=1)),
+        data=VideoData(root=str(videos), num_frames=4, transform=ClipTransform(image_size=64), num_workers=0),
+        optim=OptimConfig(lr=WarmupCosine(start=1e-3, peak=1e-3, final=1e-3, warmup_epochs=1),
+                          weight_decay=Constant(value=0.04)),
+        train=TrainConfig(batch_size=3, epochs=2, precision="fp32", device="cpu", log_every=1, checkpoint_every=0.5))
+    train(recipe, tmp_path / "whole")
+    train(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=2)), tmp_path / "parts")
+    train(recipe, tmp_path / "parts", resume=True)
+    whole, parts = (checkpoint.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts"))
+    assert whole["step"] == 4 and whole["objective"].keys() == parts["objective"].keys()
+    assert all(torch.equal(value, parts["objective"][name]) for name, value in whole["objective"].items())
+
+
 def test_what_workers_run_can_be_pickled(videos):
     samples = loader._Samples(VideoFolder(videos, ClipSampling(num_frames=2)), SMALL, 0, 0.01)
     ours, theirs = samples[0, 1][0], pickle.loads(pickle.dumps(samples))[0, 1][0]
@@ -459,7 +514,7 @@ def test_what_travels_is_bounded_and_exact(shape):
     packed = clip_transform.pack(regions)
     bound = 4 * shape[0] * shape[1] * 16 * 16
     assert packed["pixels"].numel() <= len(regions) * bound
-    views, = clip_transform.finish(packed, whole, torch.device("cpu"))
+    views, = clip_transform.unpack(packed, whole, torch.device("cpu"))
     for view, region in zip(views, regions, strict=True):
         if region.pixels.dtype == torch.uint8:
             assert region.pixels.numel() <= bound

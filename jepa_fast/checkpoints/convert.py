@@ -51,8 +51,11 @@ def to_official(file: Foreign, target: pathlib.Path, *, which: str | None = None
     if file.family is None or not roles:
         raise ValueError(f"{file.path} is of none of {', '.join(official.PREFIXES)}: it holds {', '.join(file.roles)}")
     scalars = {key: file.other[key] for key in official.SCALARS if key in file.other} or progress(file)
+    optimizer = None if which else file.other.get("opt")
+    if optimizer is not None:
+        optimizer = official.official_optimizer(optimizer, roles)
     with whole(target, force=force) as temporary:
-        torch.save(official.pack(roles, file.family, None if which else file.other.get("opt"), **scalars), temporary)
+        torch.save(official.pack(roles, file.family, optimizer, **scalars), temporary)
     return [Report(source_of(file), role, tuple(state)) for role, state in roles.items()]
 
 
@@ -94,6 +97,8 @@ def to_hugging_face(file: Foreign, target: pathlib.Path, *, which: str = "target
                              for name in hf_vjepa2.TABLE_NAMES if name in roles[role]}
         if fields["predictor"]["num_mask_tokens"] > 1:
             notes.append("transformers predicts with mask_tokens[1], V-JEPA 2 trains mask_tokens[0]")
+        if "probe" in roles:
+            notes.append("the pooler's LayerNorms have epsilon 1e-6 in transformers, 1e-5 in official probes")
         config = hf_vjepa2.config_to_hf(fields["encoder"], fields["predictor"], roles.get("probe"))
         state = hf_vjepa2.to_hf(roles)
     else:

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from ..models.encoder import VisionTransformerConfig
 from ..models.video_encoder import VideoTransformerConfig
+from ..models.video_encoder21 import HierarchicalVideoTransformerConfig
 from ..nn.positions import sincos_3d
 from ._names import State, folded
-from .official import objective_of, optimizer_groups, optimizer_names, renumbered, roles_of
+from .official import TRAINED, objective_of, optimizer_groups, optimizer_names, renumbered, roles_of
 from .sniff import FORMATS, Foreign, read
 
 # official table of widths: V-JEPA 2's ViT-g and the ViT-G of 2.1 have heads of 64, I-JEPA's ViT-g has 16 heads of 88
 NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 NUM_HEADS_IMAGE = NUM_HEADS | {1408: 16, 1664: 16}
 NUM_HEADS_VIDEO = NUM_HEADS | {1408: 22, 1664: 26}
+LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}  # of V-JEPA 2.1, by depth
 
 UNUSED_TABLE = "positions are rotary; released files carry the table all the same"
 MAY_IGNORE = {  # family -> what a file may hold beyond the model, and why
@@ -77,7 +79,7 @@ def load_official(path: str | pathlib.Path | Foreign, objective: nn.Module,
     if optimizer is not None and file.other.get("opt") is not None:
         state = optimizer.state_dict()
         state["state"] = optimizer_state(file, own, list(objective.roles()))
-        settings = dict(zip(optimizer_groups(trained_in(file)), file.other["opt"]["param_groups"], strict=True))
+        settings = dict(zip(optimizer_groups(TRAINED), file.other["opt"]["param_groups"], strict=True))
         for name, group in zip(optimizer_groups(objective.roles()), state["param_groups"], strict=True):
             group |= {key: settings[name][key] for key in ("lr", "betas", "eps", "weight_decay")}
         optimizer.load_state_dict(state)
@@ -86,13 +88,8 @@ def load_official(path: str | pathlib.Path | Foreign, objective: nn.Module,
 
 def optimizer_state(file: Foreign, own: dict[str, State], trained: list[str]) -> dict[int, dict]:
     """The optimizer's state in a file, numbered as the parameters of the roles that train here."""
-    in_file = optimizer_names({role: file.role(role) for role in trained_in(file)})
+    in_file = optimizer_names({role: file.role(role) for role in TRAINED})
     return renumbered(file.other["opt"], in_file, optimizer_names({role: own[role] for role in trained}))
-
-
-def trained_in(file: Foreign) -> list[str]:
-    """Roles of the official optimizer, in its order."""
-    return [role for role in ("encoder", "predictor") if role in file.roles]
 
 
 def fitted_roles(file: Foreign, own: dict[str, State], *, resize_mask_tokens: bool = False) -> dict[str, State]:
@@ -142,22 +139,23 @@ def load_encoder(path: str | pathlib.Path | Foreign, which: str = "target_encode
 def encoder_fields(file: Foreign, which: str, **fields) -> dict:
     """Fields of the encoder's config: given, else as the file says, else read off the tensors."""
     said = file.fields(which) | fields
-    return infer_config(file.role(which), file.family, said.get("num_heads"), where=file.path) | said
+    return infer_config(file.role(which), file.family, said.get("num_heads"), said.get("levels"), where=file.path) | said
 
 
 def build_encoder(fields: dict) -> nn.Module:
-    return (VideoTransformerConfig if "tubelet_size" in fields else VisionTransformerConfig)(**fields).build()
+    config = HierarchicalVideoTransformerConfig if "levels" in fields else \
+        VideoTransformerConfig if "tubelet_size" in fields else VisionTransformerConfig
+    return config(**fields).build()
 
 
-def infer_config(state: State, family: str | None = None, num_heads: int | None = None, *, where: str = "file") -> dict:
-    """Fields of an encoder's config from its tensors: a VisionTransformerConfig's, or a VideoTransformerConfig's.
+def infer_config(state: State, family: str | None = None, num_heads: int | None = None,
+                 levels: tuple[int, ...] | None = None, *, where: str = "file") -> dict:
+    """Fields of an encoder's config from its tensors: of images, of clips, or of V-JEPA 2.1 (those with levels).
 
-    num_heads is not in the tensors: the official one of the width, unless given.
+    num_heads and levels are not in the tensors: the official ones of the width and the depth, unless given.
     """
-    if family == "vjepa2_1":
-        raise ValueError(f"{where} is a V-JEPA 2.1 encoder: build the module and pass it to load_checkpoint")
-    if "patch_embed.proj.weight" not in state or "norm.weight" not in state:
-        raise ValueError(f"{where}: a vision transformer has patch_embed.proj.weight and norm.weight, "
+    if "patch_embed.proj.weight" not in state or not {"norm.weight", "norms_block.0.weight"} & state.keys():
+        raise ValueError(f"{where}: a vision transformer has patch_embed.proj.weight, and norm.weight or norms_block, "
                          f"got {', '.join(list(state)[:4])}, ...")
     stem = state["patch_embed.proj.weight"]
     D, is_video = stem.shape[0], stem.dim() == 5
@@ -166,6 +164,8 @@ def infer_config(state: State, family: str | None = None, num_heads: int | None 
         raise ValueError(f"{where}: no official model is {D} wide: pass num_heads")
     fields = {"patch_size": stem.shape[-1], "in_chans": stem.shape[1], "num_heads": heads,
               **block_fields(state, "blocks")}
+    if "norms_block.0.weight" in state:
+        return fields | {"tubelet_size": stem.shape[2], "levels": _levels(state, fields["depth"], levels, where)}
     if is_video:
         return fields | {"tubelet_size": stem.shape[2]} | _video_positions(state, family, fields, stem.shape[2], where)
     tokens = state["pos_embed"].shape[1] - ("cls_token" in state)
@@ -191,6 +191,15 @@ def block_fields(state: State, blocks: str) -> dict:
     hidden, D = state[f"{blocks}.0.mlp.fc1.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith(f"{blocks}."))
     return {"embed_dim": D, "depth": depth, "mlp_ratio": hidden / D}
+
+
+def _levels(state: State, depth: int, given: tuple[int, ...] | None, where: str) -> tuple[int, ...]:
+    """Blocks with a norm of their own: the official ones of the depth; the last block where there is one norm."""
+    count = sum(name.startswith("norms_block.") and name.endswith("weight") for name in state)
+    levels = given or LEVELS.get(depth) if count > 1 else (depth - 1,)
+    if levels is None or len(levels) != count:
+        raise ValueError(f"{where}: no official model of {depth} blocks has {count} levels: pass levels, their numbers")
+    return tuple(levels)
 
 
 def _video_positions(state: State, family: str | None, fields: dict, tubelet_size: int, where: str) -> dict:

@@ -39,7 +39,10 @@ def export(source: str | pathlib.Path | Foreign | nn.Module, folder: str | pathl
 
 
 def save_safetensors(state: State, path: pathlib.Path, metadata: dict[str, str] | None = None) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # save_file would leave the file to its owner alone
     save_file({name: value.contiguous() for name, value in state.items()}, path, {"format": "pt", **(metadata or {})})
+    path.chmod(mode)
 
 
 def configs(file: Foreign, roles: Mapping[str, State], encoder: dict | None = None,

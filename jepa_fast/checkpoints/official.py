@@ -17,6 +17,7 @@ from ._names import State, strip
 from ._write import whole
 
 ROLES = ("encoder", "predictor", "target_encoder", "ema_encoder")
+TRAINED = ("encoder", "predictor")  # by the official optimizer, in its order
 PREFIXES = {"ijepa": "module.", "vjepa": "module.backbone.", "vjepa2": "module.backbone.", "vjepa2_ac": "module.",
             "vjepa2_1": "module.backbone."}
 SCALARS = {"scaler": None, "epoch": 0, "loss": 0.0, "batch_size": 0, "world_size": 1, "lr": 0.0}
@@ -119,10 +120,33 @@ def renumbered(optimizer: dict, theirs: list[list[str]], ours: list[list[str]]) 
     return out
 
 
+def official_optimizer(optimizer: dict, roles: Mapping[str, State]) -> dict:
+    """The optimizer of a run as official files number it: with encoder and predictor.
+
+    V-JEPA 2-AC trains the predictor alone; officially the encoder has groups all the same, without state.
+    """
+    in_file = {role: roles[role] for role in TRAINED if role in roles}
+    theirs, sizes = optimizer_names(in_file), [len(group["params"]) for group in optimizer["param_groups"]]
+    for trained in (in_file, {"predictor": in_file.get("predictor", {})}):
+        ours = optimizer_names(trained)
+        if [len(names) for names in ours] == sizes:
+            break
+    else:
+        raise ValueError(f"opt must have groups of {[len(names) for names in theirs]} parameters, as encoder and predictor "
+                         f"have, got {sizes}")
+    settings, groups, start = dict(zip(optimizer_groups(trained), optimizer["param_groups"], strict=True)), [], 0
+    for (is_bias, role), names in zip(optimizer_groups(in_file), theirs, strict=True):
+        group = settings.get((is_bias, role), settings[is_bias, "predictor"])
+        groups.append(group | {"params": list(range(start, start + len(names)))})
+        start += len(names)
+    return {"state": renumbered(optimizer, ours, theirs), "param_groups": groups}
+
+
 def save_official(path: str | pathlib.Path, objective: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
                   force: bool = True, **scalars) -> None:
     """Write an objective as the official loader of its generation reads it, atomically; `scalars` as `pack` takes them."""
     roles = {role: state for role, state in roles_of(objective.state_dict()).items() if role in ROLES}
-    file = pack(roles, family_of(roles) or "", None if optimizer is None else optimizer.state_dict(), **scalars)
+    state = None if optimizer is None else official_optimizer(optimizer.state_dict(), roles)
+    file = pack(roles, family_of(roles) or "", state, **scalars)
     with whole(pathlib.Path(path), force=force) as temporary:
         torch.save(file, temporary)

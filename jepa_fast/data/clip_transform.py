@@ -130,18 +130,20 @@ def pack(regions: list[Region]) -> dict:
     pixels, layout = torch.empty(end, dtype=torch.uint8), []
     for start, region in zip(starts, regions, strict=True):
         layout.append((start, tuple(region.pixels.shape), region.pixels.dtype, region.size, region.is_flipped))
-        _unpacked(pixels, *layout[-1]).pixels.copy_(region.pixels)
+        _region_at(pixels, *layout[-1]).pixels.copy_(region.pixels)
     return {"pixels": pixels, "layout": layout}
 
 
-def _unpacked(pixels: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype, size: tuple[int, int],
+def _region_at(pixels: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype, size: tuple[int, int],
               is_flipped: bool) -> Region:
+    # [T, h, w, C] in memory, as decoders give frames: the copy in the loader's process runs along rows
+    C, T, h, w = shape
     end = start + math.prod(shape) * dtype.itemsize
-    return Region(pixels[start:end].view(dtype).view(shape), size, is_flipped)
+    return Region(pixels[start:end].view(dtype).view(T, h, w, C).permute(3, 0, 1, 2), size, is_flipped)
 
 
-def finish(packed: dict, transform: ClipTransform | EvalClipTransform, device: torch.device) -> list[Tensor]:
+def unpack(packed: dict, transform: ClipTransform | EvalClipTransform, device: torch.device) -> list[Tensor]:
     """What `pack` made -> for each view float32 [B, C, T, size, size] in [0, 255] on the device."""
     pixels = packed["pixels"].to(device, non_blocking=True)
-    views = [transform.views(_unpacked(pixels, *where)) for where in packed["layout"]]
+    views = [transform.views(_region_at(pixels, *where)) for where in packed["layout"]]
     return [torch.stack(view) for view in zip(*views, strict=True)]

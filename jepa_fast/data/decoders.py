@@ -1,8 +1,8 @@
 """Frames of a video by their numbers, through PyAV or torchcodec.
 
 A decoder is opened on a path or on the bytes of a file, has `num_frames` and `average_fps` (None: unknown), and
-`read(numbers)` gives uint8 [len(numbers), H, W, 3] RGB, numbers counted in display order, in any order and repeated
-as wanted. It raises whatever its library raises, or ValueError in one line; `close()` ends it.
+`read(numbers)` gives uint8 [len(numbers), H, W, 3] RGB, upright, numbers counted in display order, in any order and
+repeated as wanted. It raises whatever its library raises, or ValueError in one line; `close()` ends it.
 One thread each: the loader's processes are the parallelism.
 """
 
@@ -31,19 +31,22 @@ class PyAV:
         self._open()
         self.average_fps = float(self._stream.average_rate) if self._stream.average_rate else None
         entries = self._stream.index_entries
-        if self._stream.frames == len(entries) > 0 and not any(entry.is_discard for entry in entries):
-            self._id, packets = "dts", [(entry.timestamp, entry.is_keyframe) for entry in entries]
+        if self._stream.frames == len(entries) > 0:
+            self._id, packets = "dts", [(entry.timestamp, entry.is_keyframe, not entry.is_discard) for entry in entries]
         else:
-            self._id, packets = "pts", [(packet.pts, packet.is_keyframe)
-                                        for packet in self._container.demux(self._stream) if _is_shown(packet)]
+            self._id, packets = "pts", [(packet.pts, packet.is_keyframe, _is_shown(packet))
+                                        for packet in self._container.demux(self._stream) if packet.size]
             self._is_at_start = False
-        self.num_frames = len(packets)
-        # places in the order of decoding; a keyframe is known by its time stamp
-        self._keyframes = [place for place, (_, is_keyframe) in enumerate(packets) if is_keyframe]
-        self._time = {place: packets[place][0] for place in self._keyframes}
-        self._place = {time: place for place, time in self._time.items()}
-        if not self._keyframes:
-            raise ValueError("no frames" if not packets else "no keyframe")
+        # per keyframe, known by its time stamp: frames shown among the packets before it
+        self._times, self._keyframes, self.num_frames = [], [], 0
+        for time, is_keyframe, is_shown in packets:
+            if is_keyframe:
+                self._times.append(time)
+                self._keyframes.append(self.num_frames)
+            self.num_frames += is_shown
+        self._shown_before = dict(zip(self._times, self._keyframes, strict=True))
+        if not self._keyframes or not self.num_frames:
+            raise ValueError("no keyframe" if packets else "no frames")
 
     def _open(self) -> None:
         import av
@@ -54,6 +57,9 @@ class PyAV:
         if not streams:
             raise ValueError("no video in it")
         self._stream, self._is_at_start = streams[0], True
+        for stream in self._container.streams:
+            if stream is not self._stream:
+                stream.discard = av.stream.Discard.all
         self._stream.codec_context.thread_count = 1
         self._to_rgb = av.video.reformatter.VideoReformatter()
 
@@ -61,24 +67,27 @@ class PyAV:
         self._container.close()
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        wanted, order = np.unique(numbers, return_inverse=True)
-        frames, playing, at = [], None, -1
-        for number in wanted.tolist():
+        out, playing, at = None, None, -1
+        for number in np.unique(numbers).tolist():
             keyframe = self._keyframes[max(0, bisect_right(self._keyframes, number) - 1)]
             if playing is None or keyframe - at >= _WORTH_A_SEEK:
                 playing = self._play(number)
             at, frame = next((pair for pair in playing if pair[0] >= number), (None, None))
             if at != number:
                 raise ValueError(f"frame {number} of {self.num_frames} cannot be decoded")
-            frames.append(self._to_rgb.reformat(frame, format="rgb24").to_ndarray())
-        return np.stack(frames)[order]
+            pixels = self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            pixels = np.rot90(pixels, round(frame.rotation / 90))
+            if out is None:
+                out = np.empty((len(numbers), *pixels.shape), np.uint8)
+            out[numbers == number] = pixels
+        return out
 
     def _play(self, number: int) -> Iterator:
         """(number, frame) in display order, from a keyframe that is shown no later than frame `number`."""
         last = bisect_right(self._keyframes, number) - 1
         # a keyframe is shown after the frames that refer back across it: then the one before it is needed
-        for keyframe in reversed(self._keyframes[max(1, last - 1):last + 1]):
-            self._container.seek(self._time[keyframe], stream=self._stream)
+        for place in range(last, max(0, last - 2), -1):
+            self._container.seek(self._times[place], stream=self._stream)
             self._is_at_start = False
             playing = self._decode()
             first = next(playing, None)
@@ -92,21 +101,25 @@ class PyAV:
 
     def _decode(self) -> Iterator:
         """(number, frame) from the next keyframe on, frames that refer back across it left out."""
-        start = number = None
+        start = number = shown_before = None
+        times = []      # of the packets read before the first frame comes
         for packet in self._container.demux(self._stream):
-            if start is None:
-                if not packet.is_keyframe or getattr(packet, self._id) not in self._place:
+            if shown_before is None:
+                shown_before = self._shown_before.get(getattr(packet, self._id)) if packet.is_keyframe else None
+                if shown_before is None:
                     continue
-                start, shown_before = packet.pts, self._place[getattr(packet, self._id)]
-            elif number is None and _is_shown(packet) and packet.pts is not None and packet.pts < start:
-                shown_before += 1
+                start = packet.pts
+            if number is None and _is_shown(packet) and packet.pts is not None:
+                times.append(packet.pts)
             for frame in packet.decode():
-                if number is None:
-                    if frame.pts is not None and start is not None and frame.pts < start:
-                        continue
-                    number = shown_before
-                else:
+                if number is not None:
                     number += 1
+                elif frame.pts is None or start is None:
+                    number = shown_before
+                elif frame.pts >= start:
+                    number = shown_before + sum(time < frame.pts for time in times)
+                else:
+                    continue
                 yield number, frame
 
 
@@ -138,7 +151,10 @@ class TorchCodec:
 
 
 def _import_pyav() -> None:
-    import av  # noqa: F401
+    import av
+
+    if tuple(map(int, av.__version__.split(".")[:2])) < (17, 1):
+        raise ImportError(f"version 17.1 or newer is needed, got {av.__version__}")
 
 
 def _import_torchcodec() -> None:

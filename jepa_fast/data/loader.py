@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .clip_transform import ClipTransform, EvalClipTransform, Region, finish, pack
+from .clip_transform import ClipTransform, EvalClipTransform, Region, pack, unpack
 from .pixels import normalise, to_uint8
 from .seeds import generator_for, mix_seed
 from .tensor_augment import TensorAugment
@@ -137,7 +137,7 @@ class _TrainingRows:
             epoch, row = divmod(step, self.num_epoch_steps)
             if epoch != order_epoch:
                 order, order_epoch = self._order(generator_for(self.seed, epoch)), epoch
-                repeats = _repeats(order)
+                repeats = _repeats(order) if getattr(self.dataset, "weights", ()) else torch.zeros_like(order)
             start = row * self.global_batch_size + self.first
             rows = slice(start, start + self.B)
             yield [(epoch, index, repeat) if repeat else (epoch, index)
@@ -266,5 +266,5 @@ class _Finish:
     def _clips(self, packed: dict) -> list[Tensor]:
         # in units of the pixel levels, as the official code does
         mean, std = (255 * values[..., None] for values in (self.mean, self.std))
-        views = finish(packed, self.transform, self.device)
+        views = unpack(packed, self.transform, self.device)
         return [view.sub_(mean).div_(std) if self.is_normalised else view.div_(255) for view in views]

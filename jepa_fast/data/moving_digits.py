@@ -180,6 +180,6 @@ class MovingDigitsData:
 
     def _batches(self, dataset: MovingDigits, rows, device) -> Iterator[Batch]:
         for keys in rows:
-            index = torch.tensor([index for _, index in keys])
+            index = torch.tensor([index for _, index, *_ in keys])
             clips = self.normalise(dataset.clips(index).to(device, non_blocking=True))
             yield {"clips": clips, "labels": dataset.labels[index].to(device), "index": index}

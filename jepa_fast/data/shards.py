@@ -13,6 +13,9 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from torch import Generator, Tensor
 from .clips import EVERY_FOURTH, ClipSampling
 from .decoders import DecoderName
 from .images import printable
-from .video import Videos, extensions_for
+from .video import PathList, Videos, extensions_for
 
 # shards whose samples are mixed; an epoch reads all of these before it opens others
 SHUFFLE_SHARDS = 16
@@ -37,19 +40,22 @@ class VideoShards(Videos):
     def __init__(self, shards: Sequence[str], weights: Sequence[float] = (), sampling: ClipSampling = EVERY_FOURTH,
                  decoder: DecoderName = "auto"):
         self.files, names, labels, places, sizes, self.shard_sizes = [], [], [], [], [], []
-        for pattern in shards:
-            before = len(names)
-            for file in _expand(os.path.expanduser(pattern)):
-                samples = _index(file, extensions_for(sampling))
-                names += [name for name, _, _, _ in samples]
-                labels += [label for _, label, _, _ in samples]
-                places += [(len(self.files), start, size) for _, _, start, size in samples]
-                self.shard_sizes.append(len(samples))
-                self.files.append(file)
-            sizes.append(len(names) - before)
+        patterns = [_expand(os.path.expanduser(pattern)) for pattern in shards]
+        # threads: on a network file system this is waiting
+        with ThreadPoolExecutor(16) as pool:
+            indices = pool.map(partial(_index, extensions=extensions_for(sampling)), chain.from_iterable(patterns))
+            for files in patterns:
+                before = len(names)
+                for file, samples in zip(files, indices, strict=False):
+                    names += [name for name, _, _, _ in samples]
+                    labels += [label for _, label, _, _ in samples]
+                    places += [(len(self.files), start, size) for _, _, start, size in samples]
+                    self.shard_sizes.append(len(samples))
+                    self.files.append(file)
+                sizes.append(len(names) - before)
         # which file, first byte, number of bytes
         self._places = np.array(places, dtype=np.int64)
-        self._names = np.array(names)
+        self._names = PathList(names)
         class_names = [str(label) for label in range(max(labels) + 1)]
         super().__init__(torch.tensor(labels), class_names, sizes, weights, sampling, decoder)
 

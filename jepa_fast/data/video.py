@@ -93,7 +93,7 @@ class Videos:
         return pixels.permute(2, 0, 1).unsqueeze(1).expand(-1, num_clips * self.sampling.num_frames, -1, -1)
 
 
-class _Paths:
+class PathList:
     """A list of paths as one block of bytes: millions of str would be copied into every worker by their counts."""
 
     def __init__(self, paths: list[str]):
@@ -127,7 +127,7 @@ class VideoFolder(Videos):
         number = {name: label for label, name in enumerate(class_names)}
         labels = torch.tensor([number[parts[0]] if len(parts) > 1 else -1 for parts in found])
         super().__init__(labels, class_names, [len(found)], sampling=sampling, decoder=decoder)
-        self._paths = _Paths([os.path.join(root, *parts) for parts in found])
+        self._paths = PathList([os.path.join(root, *parts) for parts in found])
 
     def source(self, index: int) -> tuple[str, str]:
         return self._paths[index], self._paths[index]
@@ -146,7 +146,7 @@ class VideoList(Videos):
         labels = torch.tensor([label for entries in lists for _, label in entries])
         class_names = [str(label) for label in range(max(0, int(labels.max()) + 1))]
         super().__init__(labels, class_names, [len(entries) for entries in lists], weights, sampling, decoder)
-        self._paths = _Paths([path for entries in lists for path, _ in entries])
+        self._paths = PathList([path for entries in lists for path, _ in entries])
 
     def source(self, index: int) -> tuple[str, str]:
         return self._paths[index], self._paths[index]

@@ -133,9 +133,12 @@ def _standardise(x: Tensor) -> Tensor:
 
 
 def _normed_linear(x: Tensor, p: Mapping[str, Tensor], norm: str, linear: str) -> Tensor:
-    """linear(norm(.)) of what `_standardise` gave; the norm's weight and bias go into those of the linear."""
+    """linear(norm(.)) of what `_standardise` gave: weight and bias of the norm go into the smaller factor."""
     weight, bias = p[f"{linear}.weight"], p[f"{linear}.bias"]
     gamma, beta = p[f"{norm}.weight"], p[f"{norm}.bias"]
+    if len(x) == len(weight) and x.numel() <= weight.numel():
+        shape = (len(x), *[1] * (x.dim() - 2), -1)
+        return _linear(x * gamma.view(shape) + beta.view(shape), weight, bias)
     return _linear(x, weight * gamma.unsqueeze(1), bias + (weight @ beta.unsqueeze(2)).squeeze(2))
 
 

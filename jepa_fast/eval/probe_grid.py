@@ -33,13 +33,14 @@ class ProbeGridConfig:
     batch_size: int = 256
     holdout: float = 0.2                                                # fraction of the train rows that choose
     precision: Literal["fp32", "bf16"] = "fp32"                         # bf16: autocast
+    max_bytes: int = 8 * 2**30                                          # of activations; larger batches go in parts
     seed: int = 0                                                       # of the start, the order and the held-out rows
 
     def __post_init__(self):
         if not self.lrs or not self.weight_decays or min(self.lrs) <= 0 or min(self.weight_decays) < 0:
             raise ValueError(f"lrs must be positive and weight_decays at least 0, one or more of each, "
                              f"got {self.lrs} and {self.weight_decays}")
-        for name in ("depth", "num_heads", "epochs", "batch_size"):
+        for name in ("depth", "num_heads", "epochs", "batch_size", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -103,8 +104,10 @@ class ProbeGrid:
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         flat = torch.cat([parameter.detach().flatten() for parameter in start.values()]).to(device, dtype)
         self.flat = flat.repeat(len(config.settings), 1).requires_grad_()
-        decays = [config.decay_all or not (name.endswith("bias") or len(shape) == 1) for name, shape in self.shapes.items()]
-        self.decays = torch.repeat_interleave(torch.tensor(decays), torch.tensor(self.sizes)).to(device, dtype)
+        decays = torch.tensor([not name.endswith("bias") and len(shape) > 1 for name, shape in self.shapes.items()])
+        # [1], or [P] where some parameters do not decay
+        self.decays = (torch.ones(1) if config.decay_all
+                       else torch.repeat_interleave(decays, torch.tensor(self.sizes))).to(device, dtype)
         self.mean_square, self.mean = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
 
     def fit(self, tokens: Tensor, labels: Tensor, rows: Tensor) -> None:
@@ -117,12 +120,15 @@ class ProbeGrid:
         for _ in range(self.config.epochs):
             order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
             for batch in order.split(batch_size)[:steps_per_epoch]:
-                logits = self.logits(tokens[batch])
-                losses = F.cross_entropy(logits.flatten(0, 1), labels[batch].repeat(len(logits)), reduction="none")
-                # the sum over probes: each gets the gradient of its own mean
-                grad, = torch.autograd.grad(losses.sum() / batch_size, self.flat)
-                self.step_(grad, step + 1, lrs[step], decays[step])
+                grads = [self.grad(tokens[part], labels[part]) / batch_size for part in self._parts(batch, tokens)]
+                self.step_(sum(grads[1:], grads[0]), step + 1, lrs[step], decays[step])
                 step += 1
+
+    def grad(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """[G, P], for each probe of the sum over the rows of its cross entropy."""
+        logits = self.logits(tokens)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="sum")
+        return torch.autograd.grad(losses, self.flat)[0]
 
     def schedules(self, num_steps: int) -> tuple[Tensor, Tensor]:
         """Learning rate and weight decay of every step and probe, [num_steps, G, 1]; step 1 is the first, as official."""
@@ -141,8 +147,8 @@ class ProbeGrid:
         self.mean.lerp_(grad, 1 - beta1)
         self.mean_square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         self.flat.mul_(1 - lr * weight_decay * self.decays)
-        update = (self.mean_square / (1 - beta2**step)).sqrt_().add_(eps).reciprocal_().mul_(self.mean)
-        self.flat.sub_(update.mul_(lr / (1 - beta1**step)))
+        deviation = self.mean_square.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+        self.flat.addcdiv_(self.mean * (lr / (1 - beta1**step)), deviation, value=-1)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[G, B, num_classes] of tokens [B, N, D]."""
@@ -155,10 +161,16 @@ class ProbeGrid:
     def accuracy(self, tokens: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """[G] on `rows` of the tokens; a probe with logits that are not finite classifies nothing."""
         right = torch.zeros(len(self.flat), dtype=torch.int64, device=tokens.device)
-        for batch in rows.split(self.config.batch_size):
+        for batch in self._parts(rows, tokens):
             logits = self.logits(tokens[batch])
             right += ((logits.argmax(2) == labels[batch]) & logits.isfinite().all(2)).sum(1)
         return right / len(rows)
+
+    def _parts(self, rows: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Rows that fit into memory together: scores [G, B, heads, N] at depth 1, else about 16 [G, B, N, D] per block."""
+        (G, _), (N, D), config = self.flat.shape, tokens.shape[1:], self.config
+        values = 2 * N * D + 4 * G * config.num_heads * N + 16 * G * N * D * (config.depth - 1)
+        return rows.split(max(1, config.max_bytes // (values * self.flat.element_size())))
 
     def probe(self, number: int) -> AttentiveProbe:
         """One of the probes as a module of its own."""
