@@ -1,4 +1,4 @@
-"""`jepa-fast bench ops | step | video-step | video-memory`: measure, print, and keep the rows with device, versions and commit."""
+"""`jepa-fast bench ...`: measure, print, and keep the rows with device, versions and commit."""
 
 import dataclasses
 import json

@@ -120,7 +120,7 @@ def varlen_attention(S: int, N: int, H: int, d: int, case: str, dtype: torch.dty
 
 
 def sampler(batch_size: int, grid: tuple[int, ...], case: str) -> Bench:
-    """A whole batch of masks of images or clips; the baseline is the per-sample Python algorithm of the official collator."""
+    """A batch of masks of images or clips; the baseline is the per-sample Python algorithm of the official collator."""
     is_video = len(grid) == 3
     config = (MultiBlock3D if is_video else MultiBlock)(mask_group_size=batch_size)
     sample_plain = (multiblock3d_plain if is_video else multiblock_plain).sample_official

@@ -45,6 +45,13 @@ class Masks:
                    target_lengths=target_lengths, num_tokens=num_tokens, is_paired=is_paired)
 
     @classmethod
+    def unchecked(cls, **fields) -> Masks:
+        """Masks from all six fields as they are: for samplers, whose lists are right by construction."""
+        masks = object.__new__(cls)
+        masks.__dict__.update(fields)
+        return masks
+
+    @classmethod
     def from_grids(cls, contexts: Tensor, targets: Tensor) -> Masks:
         """Masks, on the same device, from bool [B, E, rows, columns] and [B, M, rows, columns]; reads sizes on the host."""
         context_idx, context_lengths = _from_grids("contexts", contexts)
