@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from jepa_fast import recipes
 from jepa_fast.cli import count_parameters, main
 from jepa_fast.data import SyntheticTrajectoryData
+from jepa_fast.data.poses import move_pose
 from jepa_fast.data.trajectories import CentreCrop
+from jepa_fast.eval.rollouts import HELD_OUT_SEED, evaluate_rollouts
 from jepa_fast.models.ac_predictor import ACPredictor, ACPredictorConfig
 from jepa_fast.models.video_encoder import VideoTransformerConfig
 from jepa_fast.nn.block import Block, Sequences
@@ -302,6 +304,31 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
     rows = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.csv")] for name in ("whole", "halves")]
     assert rows[0] == rows[1] and len(rows[0]) == 4
+    check_evaluation(tmp_path / "whole", recipe, whole)
+
+
+def check_evaluation(folder, recipe, weights):
+    """The table of `jepa-fast eval` against frames computed again for every step, with poses moved along."""
+    model = recipe.objective.build()
+    model.load_state_dict(weights)
+    (table,), pictures = evaluate_rollouts(folder, recipe, recipe.objective.build(), model, 4)
+    assert table.header[1:] == ["1 step", "2 steps", "3 steps"]
+    assert [name for name, _ in pictures] == ["rollouts.png", "curves.png"] and (folder / "rollouts.png").stat().st_size > 0
+    batches = recipe.data.batches(recipe.data.build(), global_batch_size=8, seed=recipe.train.seed + HELD_OUT_SEED,
+                                  num_steps=8)
+    stay, errors = torch.zeros(3), torch.zeros(3)
+    for batch in batches:
+        with torch.no_grad():
+            frames, actions = normalise(model.encode(batch["clips"])), batch["actions"]
+            seen, poses = frames[:, :1], batch["states"][:, :1]
+            for k in range(3):
+                last = normalise(model.predictor(seen, actions[:, :k + 1], poses))[:, -1:]
+                errors[k] += (last - frames[:, k + 1:k + 2]).abs().mean() / 8
+                stay[k] += (frames[:, :1] - frames[:, k + 1:k + 2]).abs().mean() / 8
+                seen = torch.cat([seen, last], 1)
+                poses = torch.cat([poses, move_pose(poses[:, -1:], actions[:, k:k + 1])], 1)
+    for row, expected in ((table.rows[0], stay), (table.rows[-1], errors)):
+        assert [float(value) for value in row[1:]] == pytest.approx(expected.tolist(), abs=2e-4), row[0]
 
 
 def test_training_from_a_cache_by_command(tmp_path, capsys):
@@ -320,6 +347,7 @@ def test_training_from_a_cache_by_command(tmp_path, capsys):
     assert main(["cache", name, "--to", cache, *small_run.split()]) == 0
     assert main(["train", name, "--run-dir", str(tmp_path / "a"), *small_run.split()]) == 0
     assert main(["train", name, "--run-dir", str(tmp_path / "b"), "--data.features", cache, *small_run.split()]) == 0
+    assert main(["eval", str(tmp_path / "b")]) == 0 and "trained predictor" in capsys.readouterr().out
     losses = [[float(row["loss"]) for row in read_metrics(tmp_path / run / "metrics.csv")] for run in "ab"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
     capsys.readouterr()
