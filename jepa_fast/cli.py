@@ -16,8 +16,8 @@ USAGE = """usage: jepa-fast COMMAND ...
   train --from RUN/recipe.yaml [...]          the recipe of an earlier run, perhaps with changes
   eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
-  cache RECIPE --to FOLDER [...]              features of a frozen encoder, once; then train with --data.features FOLDER
-  convert SOURCE TARGET --to official|ours|hf|safetensors   a checkpoint of any kind as another; --help for more
+  cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
+  convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
   bench ops | step | video-step | video-memory
                                               ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
@@ -208,7 +208,7 @@ def convert(argv: list[str]) -> None:
 
     from . import checkpoints, recipes
 
-    files = [f"{name}: {file.model}; {file.url}" for name, file in checkpoints.released().items()]
+    files = [f"{name}: {file.model}; {file.encoder}; {file.url}" for name, file in checkpoints.released().items()]
     arguments = tyro.cli(Arguments, prog="jepa-fast convert", args=argv,
                          description="Write a checkpoint of any kind as another. Released files:\n\n" + "\n\n".join(files))
     recipe = None

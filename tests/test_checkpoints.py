@@ -10,7 +10,17 @@ from golden_data import config, error, golden, under
 from official_files import FRAMES, HEADS, PATCH, SIDE, D, official_file, roles
 from torch import nn
 
-from jepa_fast.checkpoints import infer_config, load_checkpoint, load_encoder, load_official, read, released, save_official
+from jepa_fast import recipes
+from jepa_fast.checkpoints import (
+    infer_config,
+    load_checkpoint,
+    load_encoder,
+    load_official,
+    official,
+    read,
+    released,
+    save_official,
+)
 from jepa_fast.checkpoints._names import folded, strip
 from jepa_fast.models.ac_predictor import ACPredictor, ACPredictorConfig
 from jepa_fast.models.encoder import VisionTransformerConfig
@@ -36,8 +46,6 @@ def assert_equal(a: dict, b: dict) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_generation_is_recognised_and_written_back(family, tmp_path):
-    from jepa_fast.checkpoints import official
-
     file = official_file(family)
     found = read(saved(tmp_path, file))
     assert (found.format, found.family) == ("official", family)
@@ -135,6 +143,9 @@ def test_v_jepa_2_1_and_action_conditioned_files(tmp_path):
                                                                            num_mask_tokens=8), encoder.config)
     load_checkpoint(path, predictor, "predictor")
     assert_equal(predictor.state_dict(), roles("vjepa2_1", num_mask_tokens=8)["predictor"])
+    one = {name: value for name, value in encoder.state_dict().items() if name[:13] not in
+           ("norms_block.1", "norms_block.2", "norms_block.3")}
+    assert infer_config(one, "vjepa2_1", HEADS)["levels"] == (3,)
     path = saved(tmp_path, official_file("vjepa2_ac"))
     assert load_encoder(path, "encoder", num_heads=HEADS).config.positions == "rotary"
     predictor = ACPredictor(ACPredictorConfig(embed_dim=24, depth=2, num_heads=2), D, (SIDE, SIDE))
@@ -142,28 +153,19 @@ def test_v_jepa_2_1_and_action_conditioned_files(tmp_path):
     assert_equal(predictor.state_dict(), roles("vjepa2_ac")["predictor"])
 
 
-@pytest.mark.parametrize("width, depth, norms, levels", [(768, 12, 4, (2, 5, 8, 11)), (1664, 48, 4, (11, 23, 37, 47)),
-                                                         (1024, 24, 1, (23,))])
-def test_levels_of_official_depths(width, depth, norms, levels):
+@pytest.mark.parametrize("name, family", [
+    ("ijepa_vith14", "ijepa"), ("ijepa_vitg16_in22k", "ijepa"), ("vjepa2_vitl16", "vjepa2"),
+    ("vjepa2_vitg16_384_cooldown", "vjepa2"), ("vjepa2_1_vitb16", "vjepa2_1"), ("vjepa2_1_vitG16", "vjepa2_1"),
+    ("vjepa2_ac_vitg", "vjepa2_ac")])
+def test_configs_of_official_sizes_are_read_off_the_tensors(name, family):
+    """The recipe's model, of which the file tells shapes alone."""
     with torch.device("meta"):
-        state = {"patch_embed.proj.weight": torch.empty(width, 3, 2, 16, 16)}
-        state |= {f"norms_block.{i}.weight": torch.empty(width) for i in range(norms)}
-        state |= {f"blocks.{i}.mlp.fc1.weight": torch.empty(4 * width, width) for i in range(depth)}
-    assert infer_config(state, "vjepa2_1")["levels"] == levels
-
-
-@pytest.mark.parametrize("width, kernel, heads", [(1280, (14, 14), 16), (1408, (16, 16), 16), (1408, (2, 16, 16), 22),
-                                                  (1024, (2, 16, 16), 16), (1664, (2, 16, 16), 26)])
-def test_heads_of_official_widths(width, kernel, heads):
-    hidden = {1408: 6144, 1664: 8192}.get(width, 4 * width)
-    with torch.device("meta"):
-        state = {"patch_embed.proj.weight": torch.empty(width, 3, *kernel), "norm.weight": torch.empty(width),
-                 "blocks.0.mlp.fc1.weight": torch.empty(hidden, width)}
-        if len(kernel) == 2:
-            state["pos_embed"] = torch.empty(1, 196, width)
-    fields = infer_config(state)
-    assert fields["num_heads"] == heads and int(width * fields["mlp_ratio"]) == hidden
-    assert fields.get("image_size") == (14 * kernel[0] if len(kernel) == 2 else None)
+        objective = recipes.get_recipe(name).objective.build()
+    roles = official.roles_of(objective.state_dict())
+    assert official.family_of(roles) == family
+    fields, config = infer_config(roles["encoder"], family), objective.config.encoder
+    assert {"num_heads", "depth", "patch_size"} < fields.keys()
+    assert {field: getattr(config, field) for field in fields} == fields
 
 
 def test_wrappers_at_any_depth_and_roles_asked_for(tmp_path):

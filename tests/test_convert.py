@@ -13,11 +13,15 @@ from test_train import assert_equal_states, state_of, tiny
 from jepa_fast.checkpoints import convert, export, hf_ijepa, hf_vjepa2, load_checkpoint, load_encoder, read
 from jepa_fast.checkpoints._names import join_split, split_joined
 from jepa_fast.checkpoints._write import whole
+from jepa_fast.checkpoints.native import configs, of_objective
 from jepa_fast.cli import main
 from jepa_fast.eval.attentive import AttentiveProbe
-from jepa_fast.masking import Masks
+from jepa_fast.masking import Masks, MultiBlock3D
 from jepa_fast.models.encoder import VisionTransformerConfig
+from jepa_fast.models.resnet import ResNetConfig
+from jepa_fast.models.video_encoder import VideoTransformerConfig
 from jepa_fast.models.video_predictor import VideoPredictor, VideoPredictorConfig
+from jepa_fast.objectives.video_prediction import VideoPredictionConfig
 from jepa_fast.train.loop import train
 
 transformers = pytest.importorskip("transformers")
@@ -190,7 +194,7 @@ def test_released_v_jepa_2_needs_no_sizes_for_hugging_face(tmp_path):
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (settings["crop_size"], settings["frames_per_clip"], settings["pred_num_mask_tokens"]) == (32, 4, 10)
     loaded(transformers.VJEPA2Model, tmp_path / "hf")
-    with pytest.raises(ValueError, match="does not tell image_size and num_frames"):
+    with pytest.raises(ValueError, match="do not tell image_size and num_frames: pass them in encoder"):
         convert(saved(tmp_path, "vjepa2"), tmp_path / "other", "hf", **given)
 
 
@@ -200,6 +204,17 @@ def test_what_hugging_face_has_no_class_for(family, tmp_path):
         convert(saved(tmp_path, family), tmp_path / "hf", "hf")
     with pytest.raises(ValueError, match="class_token=False, got True"):
         hf_ijepa.config_to_hf(dataclasses.asdict(VisionTransformerConfig(class_token=True)))
+
+
+def test_a_predictor_with_as_many_heads_as_the_encoder(tmp_path):
+    """num_heads None in a recipe means the encoder's, also where the width is the official one of 12 heads."""
+    objective = VideoPredictionConfig(
+        encoder=VideoTransformerConfig(image_size=16, num_frames=2, patch_size=8, embed_dim=48, depth=1, num_heads=4,
+                                       positions="rotary"),
+        predictor=VideoPredictorConfig(embed_dim=384, depth=1), masking=MultiBlock3D(mode="unbiased")).build()
+    file = of_objective(objective)
+    assert configs(file, file.roles)["predictor"]["num_heads"] == 4
+    assert configs(dataclasses.replace(file, config={}), file.roles, {"num_heads": 4})["predictor"]["num_heads"] == 12
 
 
 # to the bit
@@ -271,6 +286,15 @@ def test_runs_of_ours_say_their_configs(tmp_path):
     assert_equal(encoder.state_dict(), found.roles["encoder"])
     with pytest.raises(ValueError, match="is of none of ijepa, vjepa"):
         convert(tmp_path / "run", tmp_path / "no.pt", "official")
+    residual = tiny("lejepa_mnist", max_steps=1)
+    residual = dataclasses.replace(residual, objective=dataclasses.replace(
+        residual.objective, encoder=ResNetConfig(image_size=28, in_chans=1, width=8, depths=(1, 1), stem="small")))
+    train(residual, tmp_path / "residual")
+    export(tmp_path / "residual", tmp_path / "residual_weights")
+    encoder = load_encoder(tmp_path / "residual_weights", "encoder")
+    assert_equal(encoder.state_dict(), read(tmp_path / "residual").roles["encoder"])
+    with pytest.raises(ValueError, match="no encoder has all of the fields .*, num_head"):
+        load_encoder(tmp_path / "residual", "encoder", num_head=4)
     objective = tiny("ijepa_mnist").objective.build()
     export(objective, tmp_path / "objective")
     images = torch.randn(2, 1, 28, 28)
@@ -305,6 +329,8 @@ def test_command_line(tmp_path, capsys):
     assert "has no ema_encoder; it holds encoder, predictor, target_encoder" in fails(
         capsys, path, tmp_path / "x", "--to", "safetensors", "--which", "ema_encoder")
     assert "no official model is 48 wide: pass num_heads" in fails(capsys, path, tmp_path / "x", "--to", "hf")
+    (target / "config.json").write_text("{")
+    assert "config.json is not JSON" in fails(capsys, target, tmp_path / "x", "--to", "hf")
     assert "the same" in fails(capsys, path, path, "--to", "official", "--force")
     with pytest.raises(SystemExit):
         main(["convert", "--help"])

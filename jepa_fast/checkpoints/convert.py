@@ -77,36 +77,33 @@ def progress(file: Foreign) -> dict:
 def to_hugging_face(file: Foreign, target: pathlib.Path, *, which: str = "target_encoder", encoder: dict | None = None,
                     predictor: dict | None = None, force: bool = False) -> list[Report]:
     """A folder that `from_pretrained` of transformers 4 and 5 loads: config.json, model.safetensors."""
+    if file.family not in ("ijepa", "vjepa2"):
+        raise ValueError(f"transformers has classes for I-JEPA and V-JEPA 2; {file.path} is {file.family or 'of neither'}")
     roles = {"encoder": file.role(which)} | {name: file.roles[name] for name in ("predictor", "probe") if name in file.roles}
-    ignored: dict[str, dict[str, str]] = {}
-    notes = [f"{name} is left out" for name in file.roles if name not in (which, "predictor", "probe")]
+    notes = [f"{name} is left out" for name in file.roles if name not in (which, *roles)]
     if file.family == "ijepa":
         fields = native.configs(file, {which: roles["encoder"]}, encoder)["encoder"]
         if roles.pop("predictor", None):
             notes.append("predictor is left out: IJepaModel has none")
         config, state = hf_ijepa.config_to_hf(fields, roles.get("probe")), hf_ijepa.to_hf(roles)
-    elif file.family == "vjepa2":
+    else:
         file.role("predictor")
         fields = native.configs(file, {which: roles["encoder"], "predictor": roles["predictor"]}, encoder, predictor)
-        missing = [name for name in ("image_size", "num_frames") if name not in fields["encoder"]]
-        if missing:
-            options = " ".join(f"--{name.replace('_', '-')}" for name in missing)
-            raise ValueError(f"{file.path} does not tell {' and '.join(missing)}: pass them in encoder ({options})")
-        for role in ("encoder", "predictor"):
-            ignored[role] = {name: f"{list(roles[role][name].shape)}, positions are rotary"
-                             for name in hf_vjepa2.TABLE_NAMES if name in roles[role]}
-        if fields["predictor"]["num_mask_tokens"] > 1:
+        config = hf_vjepa2.config_to_hf(fields["encoder"], fields["predictor"], roles.get("probe"))
+        state = hf_vjepa2.to_hf(roles)
+        if config["pred_num_mask_tokens"] > 1:
             notes.append("transformers predicts with mask_tokens[1], V-JEPA 2 trains mask_tokens[0]")
         if "probe" in roles:
             notes.append("the pooler's LayerNorms have epsilon 1e-6 in transformers, 1e-5 in official probes")
-        config = hf_vjepa2.config_to_hf(fields["encoder"], fields["predictor"], roles.get("probe"))
-        state = hf_vjepa2.to_hf(roles)
-    else:
-        raise ValueError(f"transformers has classes for I-JEPA and V-JEPA 2; {file.path} is {file.family or 'of neither'}")
     write_hugging_face(target, config, state, force=force)
-    return [Report(source_of(file), which if role == "encoder" else role,
-                   tuple(name for name in part if name not in ignored.get(role, {})), ignored.get(role, {}),
-                   notes=tuple(notes) if role == "encoder" else ()) for role, part in roles.items()]
+    return [hugging_face_report(file, which if role == "encoder" else role, part, notes if role == "encoder" else [])
+            for role, part in roles.items()]
+
+
+def hugging_face_report(file: Foreign, role: str, state: State, notes: list[str]) -> Report:
+    tables = hf_vjepa2.TABLE_NAMES if file.family == "vjepa2" else ()
+    ignored = {name: f"{list(state[name].shape)}, positions are rotary" for name in tables if name in state}
+    return Report(source_of(file), role, tuple(name for name in state if name not in ignored), ignored, notes=tuple(notes))
 
 
 def write_hugging_face(target: pathlib.Path, config: dict, state: State, *, force: bool = False) -> None:

@@ -65,6 +65,10 @@ def config_to_hf(encoder: dict, predictor: dict, probe: State | None = None) -> 
     """Fields of a VideoTransformerConfig and a VideoPredictorConfig -> config.json."""
     if encoder.get("positions", "rotary") != "rotary":
         raise ValueError("VJEPA2Model needs an encoder with rotary positions, got a position table (V-JEPA)")
+    missing = [name for name in ("image_size", "num_frames") if name not in encoder]
+    if missing:
+        options = " ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ValueError(f"the weights do not tell {' and '.join(missing)}: pass them in encoder ({options})")
     config = {
         "architectures": ["VJEPA2Model"], "model_type": "vjepa2", "patch_size": encoder["patch_size"],
         "crop_size": encoder["image_size"], "frames_per_clip": encoder["num_frames"],

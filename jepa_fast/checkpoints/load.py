@@ -1,5 +1,6 @@
 """Put a checkpoint of any kind into a module, strictly, or make the encoder from the file alone."""
 
+import dataclasses
 import math
 import pathlib
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.encoder import VisionTransformerConfig
+from ..models.resnet import ResNetConfig
 from ..models.video_encoder import VideoTransformerConfig
 from ..models.video_encoder21 import HierarchicalVideoTransformerConfig
 from ..nn.positions import sincos_3d
@@ -20,6 +22,8 @@ NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 NUM_HEADS_IMAGE = NUM_HEADS | {1408: 16, 1664: 16}
 NUM_HEADS_VIDEO = NUM_HEADS | {1408: 22, 1664: 26}
 LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}  # of V-JEPA 2.1, by depth
+
+ENCODERS = (VisionTransformerConfig, VideoTransformerConfig, HierarchicalVideoTransformerConfig, ResNetConfig)
 
 UNUSED_TABLE = "positions are rotary; released files carry the table all the same"
 MAY_IGNORE = {  # family -> what a file may hold beyond the model, and why
@@ -138,14 +142,19 @@ def load_encoder(path: str | pathlib.Path | Foreign, which: str = "target_encode
 
 def encoder_fields(file: Foreign, which: str, **fields) -> dict:
     """Fields of the encoder's config: given, else as the file says, else read off the tensors."""
-    said = file.fields(which) | fields
-    return infer_config(file.role(which), file.family, said.get("num_heads"), said.get("levels"), where=file.path) | said
+    said = file.fields(which)
+    if not said:
+        said = infer_config(file.role(which), file.family, fields.get("num_heads"), fields.get("levels"), where=file.path)
+    return said | fields
 
 
 def build_encoder(fields: dict) -> nn.Module:
-    config = HierarchicalVideoTransformerConfig if "levels" in fields else \
-        VideoTransformerConfig if "tubelet_size" in fields else VisionTransformerConfig
-    return config(**fields).build()
+    """The encoder of the first class in ENCODERS whose config has all these fields."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    for config in ENCODERS:
+        if fields.keys() <= {known.name for known in dataclasses.fields(config)}:
+            return config(**fields).build()
+    raise ValueError(f"no encoder has all of the fields {', '.join(fields)}")
 
 
 def infer_config(state: State, family: str | None = None, num_heads: int | None = None,

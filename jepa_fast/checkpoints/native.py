@@ -28,7 +28,7 @@ def export(source: str | pathlib.Path | Foreign | nn.Module, folder: str | pathl
     try:
         config = configs(file, roles)
     except ValueError as error:
-        config, notes = file.config, (f"config.json is not complete: {error}",)
+        notes = (f"config.json is without configs: {error}",)
     with whole(pathlib.Path(folder), force=force) as temporary:
         temporary.mkdir()
         for role, state in roles.items():
@@ -50,12 +50,16 @@ def configs(file: Foreign, roles: Mapping[str, State], encoder: dict | None = No
     """Fields of the configs of encoder and video predictor: as given, as the file says, else read off the tensors."""
     out = {name: fields for name, fields in file.config.items() if name in roles}
     for role in roles:
-        if role.endswith("encoder"):
+        if role in official.ENCODERS:
             out["encoder"] = encoder_fields(file, role, **(encoder or {}))
         elif role == "predictor" and file.family in ("vjepa", "vjepa2"):
-            said = {name: value for name, value in (file.fields(role) | (predictor or {})).items() if value is not None}
-            heads = said.get("num_heads") or (out.get("encoder", {}).get("num_heads") if file.family == "vjepa" else None)
-            out["predictor"] = infer_predictor(roles[role], heads, where=file.path) | said
+            given = {name: value for name, value in (predictor or {}).items() if value is not None}
+            said = file.fields(role) | given
+            # None in a recipe: as many as the encoder, as in all V-JEPA files
+            as_encoder = "num_heads" in said or file.family == "vjepa"
+            heads = said.get("num_heads") or (out.get("encoder", {}).get("num_heads") if as_encoder else None)
+            inferred = infer_predictor(roles[role], heads, where=file.path)
+            out["predictor"] = inferred | said | {"num_heads": inferred["num_heads"]}
     return out
 
 

@@ -17,6 +17,7 @@ from ._names import State, strip
 from ._write import whole
 
 ROLES = ("encoder", "predictor", "target_encoder", "ema_encoder")
+ENCODERS = ("encoder", "target_encoder", "ema_encoder")
 TRAINED = ("encoder", "predictor")  # by the official optimizer, in its order
 PREFIXES = {"ijepa": "module.", "vjepa": "module.backbone.", "vjepa2": "module.backbone.", "vjepa2_ac": "module.",
             "vjepa2_1": "module.backbone."}
@@ -28,7 +29,7 @@ def family_of(roles: Mapping[str, State]) -> str | None:
 
     Raises ValueError where a V-JEPA and a V-JEPA 2 encoder look alike.
     """
-    encoder = next((roles[role] for role in ROLES if role != "predictor" and role in roles), {})
+    encoder = next((roles[role] for role in ENCODERS if role in roles), {})
     predictor = roles.get("predictor", {})
     if any(name.startswith(("norms_block.", "patch_embed_img.", "img_mod_embed")) for name in [*encoder, *predictor]):
         return "vjepa2_1"
@@ -75,10 +76,13 @@ def unpack(file: dict) -> tuple[dict[str, State], dict]:
 
 
 def roles_of(objective: State) -> dict[str, State]:
-    """The state dict of an objective, by role: what its names begin with. The target encoder's wrapper is taken off."""
+    """The state dict of an objective, by role: what its names begin with. The target encoder's wrapper is taken off.
+
+    Parameters of the objective itself are of the role "objective".
+    """
     roles: dict[str, State] = {}
     for name, value in objective.items():
-        role, _, rest = name.partition(".")
+        role, _, rest = name.partition(".") if "." in name else ("objective", ".", name)
         if role == "target_encoder":
             rest = rest.removeprefix("encoder.")
         roles.setdefault(role, {})[rest] = value
@@ -87,8 +91,8 @@ def roles_of(objective: State) -> dict[str, State]:
 
 def objective_of(roles: Mapping[str, State]) -> State:
     """The inverse of `roles_of`."""
-    return {f"{'target_encoder.encoder' if role == 'target_encoder' else role}.{name}": value
-            for role, state in roles.items() for name, value in state.items()}
+    prefix = {"target_encoder": "target_encoder.encoder.", "objective": ""}
+    return {prefix.get(role, f"{role}.") + name: value for role, state in roles.items() for name, value in state.items()}
 
 
 def optimizer_groups(roles: Iterable[str]) -> list[tuple[bool, str]]:
@@ -136,7 +140,7 @@ def official_optimizer(optimizer: dict, roles: Mapping[str, State]) -> dict:
                          f"have, got {sizes}")
     settings, groups, start = dict(zip(optimizer_groups(trained), optimizer["param_groups"], strict=True)), [], 0
     for (is_bias, role), names in zip(optimizer_groups(in_file), theirs, strict=True):
-        group = settings.get((is_bias, role), settings[is_bias, "predictor"])
+        group = settings[(is_bias, role) if role in trained else (is_bias, "predictor")]
         groups.append(group | {"params": list(range(start, start + len(names)))})
         start += len(names)
     return {"state": renumbered(optimizer, ours, theirs), "param_groups": groups}

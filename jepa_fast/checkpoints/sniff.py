@@ -41,7 +41,7 @@ class Foreign:
 
     def fields(self, role: str) -> dict:
         """What the file says of a role's config: every encoder has the same."""
-        return self.config.get("encoder" if role.endswith("encoder") else role, {})
+        return self.config.get("encoder" if role in official.ENCODERS else role, {})
 
 
 def read(path: str | pathlib.Path, *, family: str | None = None) -> Foreign:
@@ -78,7 +78,7 @@ def _folder(path: pathlib.Path) -> Parts:
     if not config_path.is_file():
         names = sorted(item.name for item in path.iterdir())[:8]
         raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}; expected {EXPECTED}")
-    config = json.loads(config_path.read_text())
+    config = _json(config_path)
     if config.get("format") == OURS:
         roles = {role: _load_safetensors(path / f"{role}.safetensors") for role in config["roles"]}
         return "safetensors", roles, config["config"], {}
@@ -91,7 +91,7 @@ def _folder(path: pathlib.Path) -> Parts:
 def _hf_weights(path: pathlib.Path) -> State:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(_json(index)["weight_map"].values()))
     else:
         shards = ["model.safetensors"] if (path / "model.safetensors").is_file() else []
     if shards:
@@ -128,11 +128,11 @@ def _tensors(path: pathlib.Path, state: State) -> Parts:
     for reader in (hf_ijepa, hf_vjepa2):
         if reader.is_ours(state):
             config = path.with_name("config.json")
-            fields = reader.config_from_hf(json.loads(config.read_text())) if config.is_file() else {}
+            fields = reader.config_from_hf(_json(config)) if config.is_file() else {}
             return "hf", reader.from_hf(state), fields, {}
     if path.suffix == ".safetensors" and "role" in _metadata(path):
         config = path.with_name("config.json")
-        fields = json.loads(config.read_text())["config"] if config.is_file() else {}
+        fields = _json(config)["config"] if config.is_file() else {}
         return "safetensors", {_metadata(path)["role"]: state}, fields, {}
     if "patch_embed.proj.weight" in state:
         return "weights", {"encoder": state}, {}, {}
@@ -157,6 +157,13 @@ def _load_safetensors(path: pathlib.Path) -> State:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {str(error).splitlines()[0]}") from error
+
+
+def _json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _metadata(path: pathlib.Path) -> dict[str, str]:
