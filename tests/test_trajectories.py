@@ -179,7 +179,9 @@ def test_training_from_cached_features_equals_training_from_pixels(folder, tmp_p
     model, data = objective(), TrajectoryData(root=str(folder), **DATA)
     cache = tmp_path / "cache"
     FeatureCache.write(cache, data.build(), model.encode, encoder=model.encoder_name(), dtype=dtype, batch_size=5)
-    for cached, plain in zip(batches(folder, features=str(cache)), batches(folder), strict=True):
+    by_workers = batches(folder, features=str(cache), num_workers=2)
+    for cached, other, plain in zip(batches(folder, features=str(cache)), by_workers, batches(folder), strict=True):
+        assert torch.equal(cached["features"], other["features"])
         assert "clips" not in cached and torch.equal(cached["actions"], plain["actions"])
         error = (cached["features"] - model.encode(plain["clips"])).abs().max() / cached["features"].abs().max()
         assert float(error) <= tolerance
