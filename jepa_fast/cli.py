@@ -1,4 +1,4 @@
-"""jepa-fast: train · eval · convert · bench · info · recipes."""
+"""jepa-fast: train · eval · plan · cache · convert · bench · info · recipes."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   train --from RUN/recipe.yaml [...]          the recipe of an earlier run, perhaps with changes
   eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
+  cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
   bench ops | step | video-step | video-memory
                                               ratios against plain PyTorch, measured in one run
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
-    commands = {"train": train, "eval": evaluate, "plan": plan, "convert": convert, "bench": bench, "info": info,
-                "recipes": list_recipes}
+    commands = {"train": train, "eval": evaluate, "plan": plan, "cache": cache, "convert": convert, "bench": bench,
+                "info": info, "recipes": list_recipes}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -166,6 +167,27 @@ def plan(argv: list[str]) -> None:
     table, page = plan_run(arguments.run, arguments.how)
     print(table)
     print(f"page: {page}")
+
+
+def cache(argv: list[str]) -> None:
+    from . import recipes
+    from .train.cache import cache_features
+
+    if not argv or argv[0].startswith("-"):
+        raise UserError("usage: jepa-fast cache RECIPE --to FOLDER [--dtype float32|bfloat16] [--field.subfield VALUE ...]")
+    recipe = recipes.get_recipe(argv[0])
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        to: pathlib.Path                                    # the folder to write
+        dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: half the size, rounded
+
+    # what is not known here is for the recipe's fields
+    arguments, rest = tyro.cli(Arguments, prog=f"jepa-fast cache {recipe.name}", args=argv[1:], return_unknown_args=True)
+    recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast cache {recipe.name}", default=recipe,
+                      args=rest, description=recipe.summary)
+    cache_features(recipe, arguments.to, arguments.dtype)
+    print(f"features: {arguments.to}  (next: jepa-fast train {recipe.name} --data.features {arguments.to} ...)")
 
 
 def convert(argv: list[str]) -> None:

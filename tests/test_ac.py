@@ -1,7 +1,5 @@
 """V-JEPA 2-AC against what the official code computed, and the rollout with kept keys against recomputation."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,18 +7,12 @@ from golden_data import assert_moments, config, error, golden, manifest, under
 from test_planning import check_plan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jepa_fast import recipes
-from jepa_fast.cli import count_parameters
-from jepa_fast.data import SyntheticTrajectoryData
-from jepa_fast.data.trajectories import CentreCrop
 from jepa_fast.models.ac_predictor import ACPredictor, ACPredictorConfig
 from jepa_fast.models.video_encoder import VideoTransformerConfig
 from jepa_fast.nn.block import Block, Sequences
 from jepa_fast.objectives.action_conditioned import ActionConditioned, ActionConditionedConfig, normalise
-from jepa_fast.optim import AdamWEMA, Constant, Horizon, WarmupConstantLinear, param_groups
+from jepa_fast.optim import AdamWEMA, Horizon, WarmupConstantLinear, param_groups
 from jepa_fast.planning import CEMAC, ACWorldModel
-from jepa_fast.train.loop import train
-from jepa_fast.train.run import read_metrics
 
 PRECISIONS = [pytest.param(torch.float32, "", id="float32"), pytest.param(torch.float64, "f64/", id="float64")]
 MODELS = ["ac_model", "ac_rollout3"]
@@ -257,100 +249,6 @@ def test_nothing_is_read_back_from_the_device():
     predictor = build_fresh()
     with FakeTensorMode(allow_non_fake_inputs=True):
         frame, pose = torch.empty(2, 1, 16, 40), torch.empty(2, 1, 7)
-        plan = CEMAC(num_iterations=2).plan(ACWorldModel(predictor, chunk_size=50).cost(frame, pose, frame), 2, seed=0)
+        cost = ACWorldModel(predictor, chunk_size=20).cost(frame, pose, frame)
+        plan = CEMAC(num_samples=12, num_iterations=1).plan(cost, 2, seed=0)
     assert plan.actions.shape == (2, 2, 7)
-
-
-# --- the objective in a run
-
-def small(**changes) -> ActionConditionedConfig:
-    encoder = VideoTransformerConfig(image_size=16, num_frames=2, patch_size=8, embed_dim=24, depth=1, num_heads=2,
-                                     positions="rotary")
-    return ActionConditionedConfig(**dict(encoder=encoder, encoder_weights="random",
-                                          predictor=ACPredictorConfig(embed_dim=24, depth=2, num_heads=2)) | changes)
-
-
-def test_official_constants():
-    recipe = recipes.get_recipe("vjepa2_ac_vitg")
-    encoder, predictor, lr = recipe.objective.encoder, recipe.objective.predictor, recipe.optim.lr
-    assert (encoder.embed_dim, encoder.depth, encoder.num_heads, int(1408 * encoder.mlp_ratio)) == (1408, 40, 22, 6144)
-    assert encoder.grid == (1, 16, 16) and encoder.positions == "rotary"
-    assert (predictor.embed_dim, predictor.depth, predictor.num_heads) == (1024, 24, 16)
-    assert (lr.start, lr.peak, lr.final, lr.warmup_epochs, lr.anneal_epochs) == (7.5e-5, 4.25e-4, 0.0, 15, 15)
-    assert recipe.optim.weight_decay == Constant(value=0.04) and recipe.objective.auto_steps == 2
-    run = recipe.train
-    assert (run.batch_size, run.epochs, run.seed, run.precision) == (256, 315, 239, "bf16")
-    assert run.steps_per_epoch == 300 and (recipe.data.num_frames, recipe.data.fps) == (8, 4.0)
-    assert count_parameters(recipe) / 1e6 == pytest.approx(305.2, rel=1e-3)
-
-
-def test_a_resumed_run_is_bit_equal(tmp_path):
-    recipe = recipes.get_recipe("vjepa2_ac_vitg")
-    recipe = dataclasses.replace(
-        recipe, objective=small(),
-        data=SyntheticTrajectoryData(num_files=8, num_frames=4, num_workers=0, crop=CentreCrop(image_size=16)),
-        train=dataclasses.replace(recipe.train, batch_size=4, accumulate=2, precision="fp32", device="cpu", max_steps=4,
-                                  log_every=1))
-    train(recipe, tmp_path / "whole")
-    half = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=2))
-    train(half, tmp_path / "halves")
-    train(recipe, tmp_path / "halves", resume=True)
-    whole, halves = (torch.load(tmp_path / name / "checkpoints/last.pt", weights_only=True)["objective"]
-                     for name in ("whole", "halves"))
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
-    rows = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.csv")] for name in ("whole", "halves")]
-    assert rows[0] == rows[1] and len(rows[0]) == 4
-
-
-def test_encoder_weights_are_loaded_strictly(tmp_path):
-    torch.manual_seed(1)
-    source = small().encoder.build()
-    state = {f"module.backbone.{key}": value for key, value in source.state_dict().items()}
-    # released files hold a table that rotary models do not use
-    torch.save({"target_encoder": state | {"module.backbone.pos_embed": torch.zeros(1, 4, 24)}, "epoch": 3},
-               tmp_path / "vitg.pt")
-    objective = small(encoder_weights=str(tmp_path / "vitg.pt")).build()
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), objective.encoder.parameters(), strict=True))
-    assert not any(p.requires_grad for p in objective.encoder.parameters())
-    torch.save({"target_encoder": {k: v for k, v in state.items() if "norm.bias" not in k}}, tmp_path / "short.pt")
-    wide = VideoTransformerConfig(image_size=16, num_frames=2, patch_size=8, embed_dim=48, depth=1, num_heads=2,
-                                  positions="rotary")
-    for changes, message in [
-            (dict(encoder_weights=""), "encoder_weights is empty: pass --objective.encoder-weights FILE"),
-            (dict(encoder_weights="/nowhere.pt"), "no such file: /nowhere.pt"),
-            (dict(encoder_weights=str(tmp_path / "vitg.pt"), encoder_key="ema"), "has no ema; it holds target_enc"),
-            (dict(encoder_weights=str(tmp_path / "short.pt")), r"norm.bias is absent in the file and \[24\] in the model"),
-            (dict(encoder_weights=str(tmp_path / "vitg.pt"), encoder=wide), r"\[24.* in the file and \[48.* in the model")]:
-        with pytest.raises(ValueError, match=message):
-            small(**changes).build()
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(actions=torch.zeros(2, 4, 7)), r"actions must be \[2, 3, 7\] for 4 frames, got \[2, 4, 7\]"),
-    (dict(states=torch.zeros(2, 4, 6)), r"states must be \[2, 4, 7\] for 4 frames, got \[2, 4, 6\]"),
-    (dict(clips=torch.zeros(2, 3, 2, 16, 16)), "at least auto_steps . 1 = 3 frames, got 2"),
-    (dict(clips=torch.zeros(2, 3, 16, 16)), r"clips must be \[B, C, T, H, W\], got \[2, 3, 16, 16\]"),
-    (dict(features=torch.zeros(2, 4, 5, 24)), r"features must be \[B, T, 4, 24\], got \[2, 3, 5, 24\]"),
-    (dict(extrinsics=torch.zeros(2, 4, 6)), "extrinsics are given but predictor.use_extrinsics is False"),
-])
-def test_bad_batches(change, message):
-    batch = {"clips": torch.zeros(2, 3, 4, 16, 16), "actions": torch.zeros(2, 3, 7), "states": torch.zeros(2, 4, 7)}
-    with pytest.raises(ValueError, match=message):
-        small().build()(batch | change)
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match="auto_steps must be at least 1, got 0"):
-        small(auto_steps=0)
-    with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads"):
-        ACPredictorConfig(embed_dim=10, num_heads=3)
-    predictor, frame = build_fresh(), torch.zeros(2, 1, 16, 40)
-    with pytest.raises(ValueError, match="chunk_size must be at least 0"):
-        ACWorldModel(predictor, chunk_size=-1)
-    world = ACWorldModel(predictor)
-    with pytest.raises(ValueError, match="frames and goal must be .* of one shape"):
-        world.cost(frame, torch.zeros(2, 1, 7), frame[:1])
-    with pytest.raises(ValueError, match=r"poses must be \[E, 1, 7\] = \[2, 1, 7\], got \[2, 7\]"):
-        world.cost(frame, torch.zeros(2, 7), frame)
-    with pytest.raises(ValueError, match=r"actions must be \[E, S, H, 7\] with E = 2, got \[1, 3, 2, 7\]"):
-        world.cost(frame, torch.zeros(2, 1, 7), frame)(torch.zeros(1, 3, 2, 7))

@@ -178,10 +178,11 @@ def objective(seed=0):
 def test_training_from_cached_features_equals_training_from_pixels(folder, tmp_path, dtype, tolerance):
     model, data = objective(), TrajectoryData(root=str(folder), **DATA)
     cache = tmp_path / "cache"
-    FeatureCache.write(cache, data.build(), model.encode, encoder=model.encoder_fingerprint, dtype=dtype, batch_size=5)
-    for cached, plain in zip(batches(folder, features=str(cache)), batches(folder), strict=True):
+    FeatureCache.write(cache, data.build(), model.encode, encoder=model.encoder_name(), dtype=dtype, batch_size=5)
+    by_workers = batches(folder, features=str(cache), num_workers=2)
+    for cached, other, plain in zip(batches(folder, features=str(cache)), by_workers, batches(folder), strict=True):
+        assert torch.equal(cached["features"], other["features"])
         assert "clips" not in cached and torch.equal(cached["actions"], plain["actions"])
-        cached = model.prepare(cached, seed=0, step=0, first_sample=0)
         error = (cached["features"] - model.encode(plain["clips"])).abs().max() / cached["features"].abs().max()
         assert float(error) <= tolerance
         a, b = (float(model(batch)["loss"].detach()) for batch in (cached, plain))
@@ -191,13 +192,19 @@ def test_training_from_cached_features_equals_training_from_pixels(folder, tmp_p
 def test_a_cache_that_does_not_match_is_refused(folder, tmp_path):
     model, data = objective(), TrajectoryData(root=str(folder), **DATA)
     cache = tmp_path / "cache"
-    FeatureCache.write(cache, data.build(), model.encode, encoder=model.encoder_fingerprint)
+    FeatureCache.write(cache, data.build(), model.encode, encoder=model.encoder_name())
     other = dataclasses.replace(data, crop=CentreCrop(image_size=16, ratio=(1.0, 1.0)))
     with pytest.raises(ValueError, match="is of other data: crop is .* write it again"):
         FeatureCache.open(cache, other.build())
     batch = batches(folder, features=str(cache))[0]
-    with pytest.raises(ValueError, match=f"feature cache is of encoder {model.encoder_fingerprint}, this one is"):
-        objective(seed=1).prepare(batch, seed=0, step=0, first_sample=0)
+    with pytest.raises(ValueError, match=f"feature cache is of encoder '{model.encoder_name()}', this one is"):
+        objective(seed=1)(batch)
+    with pytest.raises(ValueError, match="this one is '[0-9a-f]+ autocast'"), torch.autocast("cpu", torch.bfloat16):
+        model(batch)
+    other_angles = dataclasses.replace(model.config.encoder, angle_dtype="bfloat16")
+    same_weights = dataclasses.replace(model.config, encoder=other_angles).build()
+    same_weights.load_state_dict(model.state_dict())
+    assert same_weights.encoder_name() != model.encoder_name()
     write(folder / "t9.npz")
     with pytest.raises(ValueError, match="is of other data: files is"):
         FeatureCache.open(cache, data.build())

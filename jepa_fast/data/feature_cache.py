@@ -1,7 +1,7 @@
 """Features of every frame of a data set of trajectories, computed once: exact where crops are not random.
 
-    FeatureCache.write(folder, dataset, objective.encode, encoder=objective.encoder_fingerprint)
-    TrajectoryData(root=..., features=folder)
+    jepa-fast cache vjepa2_ac_vitg --to FOLDER --data.root ...
+    jepa-fast train vjepa2_ac_vitg --data.features FOLDER --data.root ...
 
 A folder with `features.npy` [frames of all files, n, D], memory-mapped when read, and `cache.json`: where each file begins,
 and what the features depend on. A cache that does not fit the data set's files or crop is refused here, one of another
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .images import printable
 from .loader import BadFile
@@ -49,7 +50,7 @@ class FeatureCache:
         (folder / "cache.json").unlink(missing_ok=True)
         ends = np.cumsum([_length(dataset, index) for index in range(len(dataset.paths))]).tolist()
         array = None
-        for index, end in enumerate(ends):
+        for index, end in enumerate(tqdm(ends, desc="features", unit="file", disable=None)):
             start = ends[index - 1] if index else 0
             frames = dataset.frames(index).to(device) if end > start else []
             for first in range(0, len(frames), batch_size):
@@ -74,7 +75,7 @@ class FeatureCache:
         """ValueError where the folder holds no finished cache, or one of other files or another crop."""
         path = Path(folder) / "cache.json"
         if not path.is_file():
-            raise ValueError(f"no finished feature cache in {printable(str(folder))}: write it with FeatureCache.write")
+            raise ValueError(f"no finished feature cache in {printable(str(folder))}: write it with jepa-fast cache")
         about, expected = json.loads(path.read_text()), _data_key(dataset)
         for what, value in expected.items():
             if about["data"].get(what) != value:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from .. import recipes
 from ..data import MnistData, load_in_order
 from ..info import devices, versions
+from ..objectives.action_conditioned import ActionConditioned
 from ..train import checkpoint
 from .curves import learning_curves
 from .page import write_page
 from .pictures import features_scatter, pca_features
 from .probe_suite import evaluate_features
+from .rollouts import evaluate_rollouts
 from .table import Table, Tables
 from .video_run import evaluate_video, is_video
 
@@ -45,6 +47,9 @@ def evaluate_run(folder: pathlib.Path, *, probe_depth: int = 1) -> tuple[Table |
     objective = recipe.objective.build()
     state = checkpoint.load(folder / "checkpoints" / "last.pt")
     checkpoint.load_into(objective, state["objective"], str(folder))
+    if isinstance(objective, ActionConditioned):
+        tables, pictures = evaluate_rollouts(folder, recipe, untrained, objective, state["step"])
+        return Tables(tables), write(folder, recipe, tables, pictures, state["step"])
     if is_video(recipe.data):
         tables, pictures = evaluate_video(folder, recipe, untrained, objective, state["step"], probe_depth)
         return Tables(tables), write(folder, recipe, tables, pictures, state["step"])

@@ -47,19 +47,23 @@ class ActionConditioned(nn.Module):
             load_encoder_(self.encoder, config.encoder_weights, config.encoder_key)
 
     def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
-        """Nothing is drawn here; features from a cache must be of this encoder."""
-        if "features" in batch and batch.get("encoder") != self.encoder_fingerprint:
-            raise ValueError(f"the feature cache is of encoder {batch.get('encoder')}, this one is "
-                             f"{self.encoder_fingerprint}: write it again")
         return batch
 
     @functools.cached_property
-    def encoder_fingerprint(self) -> str:
-        return fingerprint(self.encoder)
+    def _fingerprint(self) -> str:
+        return fingerprint(self.encoder, self.config.encoder)
+
+    def encoder_name(self) -> str:
+        """Whose features `encode` gives here: settings, weights, precision."""
+        device = next(self.encoder.parameters()).device.type
+        return f"{self._fingerprint} {'autocast' if torch.is_autocast_enabled(device) else 'as it is'}"
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """{"clips": [B, C, T, H, W] or "features": [B, T, n, D], "actions": [B, T - 1, A], "states": [B, T, A]}
+        """{"clips": [B, C, T, H, W] or "features": [B, T, n, D] of "encoder", "actions": [B, T - 1, A], "states": [B, T, A]}
         -> {"loss": 0-dim, its two terms, scalars and features to watch}."""
+        if "features" in batch and batch.get("encoder") != self.encoder_name():
+            raise ValueError(f"the feature cache is of encoder {batch.get('encoder')!r}, this one is "
+                             f"{self.encoder_name()!r}: write it again")
         tokens = batch["features"] if "features" in batch else self.encode(batch["clips"])
         self._check(tokens, batch["actions"], batch["states"])
         forced, rollout = self.predict(tokens, batch["actions"], batch["states"], batch.get("extrinsics"))

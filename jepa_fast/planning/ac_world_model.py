@@ -1,6 +1,7 @@
 """V-JEPA 2-AC as a world model for planners: the cost of action sequences is the distance of the last frame to the goal."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,15 +39,16 @@ class ACWorldModel:
             E, S = actions.shape[:2]
             episode = torch.arange(E, device=actions.device).repeat_interleave(S)
             parts = zip(*(t.split(self.chunk_size or E * S) for t in (episode, actions.flatten(0, 1))), strict=True)
-            return torch.cat([(self.rollout(frames[e], poses[e], a) - goal[e]).abs().mean((1, 2, 3))
-                              for e, a in parts]).view(E, S)
+            # only the last frame of a rollout is held
+            last = (deque(self.rollout(frames[e], poses[e], a), maxlen=1).pop() - goal[e] for e, a in parts)
+            return torch.cat([difference.abs().mean((1, 2, 3)) for difference in last]).view(E, S)
         return cost
 
-    def rollout(self, frame: Tensor, pose: Tensor, actions: Tensor) -> Tensor:
-        """frame [B, 1, n, D], pose [B, 1, 7], actions [B, H, 7] -> the frame after the last action [B, 1, n, D]."""
+    def rollout(self, frame: Tensor, pose: Tensor, actions: Tensor) -> Iterator[Tensor]:
+        """frame [B, 1, n, D], pose [B, 1, 7], actions [B, H, 7] -> the frame after each action [B, 1, n, D]."""
         kept = None
         for h in range(actions.shape[1]):
             action = actions[:, h:h + 1]
             frame, kept = self.predictor.extend(frame, action, pose, kept=kept)
             frame, pose = normalise(frame), move_pose(pose, action)
-        return frame
+            yield frame
