@@ -91,7 +91,7 @@ def make_planner(name: PlannerName, settings: PlanningConfig, rooms: Rooms):
         return GradientPlanner.leworldmodel(**changes)
     changes["num_elites"] = settings.num_elites
     if name == "icem":
-        return ICEM.stable_worldmodel(**changes)
+        return ICEM.stable_worldmodel(num_kept=min(5, settings.num_elites), **changes)
     if name == "mppi":
         return MPPI.eb_jepa(**changes) if dots else MPPI.stable_worldmodel(**changes)
     if name != "cem":
