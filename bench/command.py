@@ -1,4 +1,4 @@
-"""`jepa-fast bench ops | step`: measure, print, and keep the rows with device, versions and commit."""
+"""`jepa-fast bench ops | step | plan`: measure, print, and keep the rows with device, versions and commit."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    what: Annotated[Literal["ops", "step"], tyro.conf.Positional]
+    what: Annotated[Literal["ops", "step", "plan"], tyro.conf.Positional]
     repeats: int = 5                       # rounds over all providers
     only: str = ""                         # benches whose name contains this
     batch_size: int = 16                   # of `step`
@@ -28,7 +28,7 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
-    rows = ops_rows(arguments) if arguments.what == "ops" else step_rows(arguments)
+    rows = {"ops": ops_rows, "step": step_rows, "plan": plan_rows}[arguments.what](arguments)
     where = provenance()
     print(table(rows, f"{arguments.what} · {where['device']} · torch {where['torch']} · commit {where['commit']}"))
     if arguments.out:
@@ -54,6 +54,12 @@ def step_rows(arguments: Arguments) -> list[dict]:
 
     return bench_step(arguments.batch_size, arguments.repeats, arguments.precision,
                       config=config_vits16(arguments.image_size))
+
+
+def plan_rows(arguments: Arguments) -> list[dict]:
+    from .planning import bench_planning
+
+    return bench_planning(arguments.repeats, arguments.only)
 
 
 def table(rows: list[dict], title: str) -> Table:

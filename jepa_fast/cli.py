@@ -16,7 +16,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   train --from RUN/recipe.yaml [...]          the recipe of an earlier run, perhaps with changes
   eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
-  bench ops | step                            ratios against plain PyTorch, measured in one run
+  bench ops | step | plan                     ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 

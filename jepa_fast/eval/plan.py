@@ -149,10 +149,10 @@ def draw_episodes(environment: TwoRooms, outcome: Outcome, out_png: pathlib.Path
         for ax in axes.flat:
             ax.set_axis_off()
         for ax, i in zip(axes.flat, chosen, strict=False):
-            path = outcome.positions[i, :int(outcome.steps[i]) // skip + 1].cpu()
-            ax.imshow(walls[i], cmap="gray", vmin=-1, vmax=1.1, extent=extent)
+            path = outcome.positions[i, :int(outcome.steps[i]) // skip + 1].cpu().numpy()
+            ax.imshow(walls[i].numpy(), cmap="gray", vmin=-1, vmax=1.1, extent=extent)
             ax.plot(path[:, 0], path[:, 1], color=ACCENT, linewidth=1)
             ax.plot(*path[0], "o", color=ACCENT, markersize=4)
-            ax.plot(*environment.goal[i].cpu(), "*", color="#b35900", markersize=8)
+            ax.plot(*environment.goal[i].tolist(), "*", color="#b35900", markersize=8)
             ax.set_title(f"{int(outcome.steps[i])}" + ("" if outcome.success[i] else ", failed"), fontsize=8,
                          color=MUTED, loc="left")
