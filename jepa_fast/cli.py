@@ -86,7 +86,8 @@ def train(argv: list[str]) -> None:
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])
     elif run.world.is_main:
-        print(f"run folder: {folder}  (next: jepa-fast eval {folder})")
+        next_command = "plan" if hasattr(recipe.objective, "planning") else "eval"
+        print(f"run folder: {folder}  (next: jepa-fast {next_command} {folder})")
 
 
 def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:

@@ -192,7 +192,8 @@ def test_episodes_are_their_numbers(rooms):
                  (environment.render_goal(), part.render_goal())]:
         assert torch.equal(a[[9, 4]], b)
     if isinstance(rooms, DotRooms):
-        assert ((environment.state[:, 0] < environment.layout.wall) != (environment.goal[:, 0] < environment.layout.wall)).all()
+        wall = environment.layout.wall
+        assert ((environment.state[:, 0] < wall) != (environment.goal[:, 0] < wall)).all()
         assert not environment.success().any()
     before = environment.state
     after = environment.step(rooms.action_towards(before, environment.goal))

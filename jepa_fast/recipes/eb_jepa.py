@@ -38,8 +38,8 @@ def eb_jepa_two_rooms_small() -> Recipe:
         name="eb_jepa_two_rooms_small", paper=PAPER, summary="demo: EB-JEPA of 256 on Two-Rooms at 33, minutes on two cores",
         objective=EBJEPAConfig(
             encoder=ImpalaConfig(image_size=33, widths=(8, 16, 32), num_blocks=1, num_outputs=256), unroll="parallel",
-            planning=PlanningConfig(horizon=60, num_samples=100, num_iterations=5, num_elites=10, num_executed=5,
-                                    warm_start=True)),
+            planning=PlanningConfig(planner="icem", horizon=60, num_samples=100, num_iterations=5, num_elites=10,
+                                    num_executed=5, warm_start=True)),
         data=TwoRoomsData(rooms=rooms, num_samples=19_200, num_frames=9),
         optim=OptimConfig(lr=WarmupCosine(start=1e-11, peak=2e-3, final=1e-5, warmup_epochs=0.8, first_count=0),
                           weight_decay=Constant(value=1e-5), decay_all=True, clip_grad=2.0),
