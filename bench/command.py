@@ -17,7 +17,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    what: Annotated[Literal["ops", "step", "video-step", "video-memory"], tyro.conf.Positional]
+    what: Annotated[Literal["ops", "step", "video-step", "video-memory", "plan"], tyro.conf.Positional]
     repeats: int = 5                       # rounds over all providers
     only: str = ""                         # benches whose name contains this
     batch_size: int | None = None          # of a step; images 16, clips 2
@@ -28,8 +28,9 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
-    rows = {"ops": ops_rows, "step": step_rows, "video-step": video_step_rows,
-            "video-memory": video_memory_rows}[arguments.what](arguments)
+    measure_rows = {"ops": ops_rows, "step": step_rows, "video-step": video_step_rows, "video-memory": video_memory_rows,
+                    "plan": plan_rows}[arguments.what]
+    rows = measure_rows(arguments)
     where = provenance()
     print(table(rows, f"{arguments.what} · {where['device']} · torch {where['torch']} · commit {where['commit']}"))
     if arguments.out:
@@ -69,6 +70,12 @@ def video_memory_rows(arguments: Arguments) -> list[dict]:
     from .video_memory import bench_video_memory
 
     return bench_video_memory()
+
+
+def plan_rows(arguments: Arguments) -> list[dict]:
+    from .planning import bench_planning
+
+    return bench_planning(arguments.repeats, arguments.only)
 
 
 def table(rows: list[dict], title: str) -> Table:

@@ -18,7 +18,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
-  bench ops | step | video-step | video-memory
+  bench ops | step | video-step | video-memory | plan
                                               ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
@@ -89,7 +89,8 @@ def train(argv: list[str]) -> None:
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])
     elif run.world.is_main:
-        print(f"run folder: {folder}  (next: jepa-fast eval {folder})")
+        next_command = "plan" if hasattr(recipe.objective, "planning") else "eval"
+        print(f"run folder: {folder}  (next: jepa-fast {next_command} {folder})")
 
 
 def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:

@@ -15,12 +15,13 @@ from .tensor_augment import TensorAugment
 from .trajectories import Trajectories
 from .trajectory_batches import SyntheticTrajectoryData, TrajectoryData
 from .transforms import AsIs, EvalTransform, IjepaTransform, MultiCrop, lejepa_minimal_views
+from .two_rooms import DiscRooms, DotRooms, TwoRooms
 from .two_rooms_data import TwoRoomsData
 from .video import VideoData, VideoFolder, VideoList
 
-__all__ = ["AsIs", "BadFile", "BadFiles", "ClipSampling", "ClipTransform", "EvalClipTransform", "EvalTransform",
-           "FeatureCache", "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mixed", "MixedData",
-           "Mnist", "MnistData", "MovingDigits", "MovingDigitsData", "MultiCrop", "SyntheticData", "SyntheticImages",
-           "SyntheticTrajectoryData", "SyntheticVideoData", "SyntheticVideos", "TensorAugment", "Trajectories",
-           "TrajectoryData", "TwoRoomsData", "VideoData", "VideoFolder", "VideoList", "VideoShards", "lejepa_minimal_views",
-           "load_batches", "load_in_order", "steps_per_epoch"]
+__all__ = ["AsIs", "BadFile", "BadFiles", "ClipSampling", "ClipTransform", "DiscRooms", "DotRooms", "EvalClipTransform",
+           "EvalTransform", "FeatureCache", "IjepaTransform", "ImageFolder", "ImageFolderData", "ImpossiblePairs", "Mixed",
+           "MixedData", "Mnist", "MnistData", "MovingDigits", "MovingDigitsData", "MultiCrop", "SyntheticData",
+           "SyntheticImages", "SyntheticTrajectoryData", "SyntheticVideoData", "SyntheticVideos", "TensorAugment",
+           "Trajectories", "TrajectoryData", "TwoRooms", "TwoRoomsData", "VideoData", "VideoFolder", "VideoList",
+           "VideoShards", "lejepa_minimal_views", "load_batches", "load_in_order", "steps_per_epoch"]

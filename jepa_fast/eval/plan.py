@@ -22,7 +22,6 @@ from .curves import learning_curves
 from .page import write_page
 from .table import Table
 
-PlannerName = Literal["cem", "mppi", "icem", "gradient"]
 HELD_OUT_SEED = 1_000_003  # of samples that no run trains on
 
 
@@ -30,7 +29,7 @@ HELD_OUT_SEED = 1_000_003  # of samples that no run trains on
 class PlanArguments:
     """How to plan; None: as the recipe says."""
 
-    planner: PlannerName = "cem"
+    planner: Literal["cem", "mppi", "icem", "gradient"] | None = None
     episodes: int = 20
     seed: int = 0                     # of the episodes and of the planner's noise
     horizon: int | None = None        # actions per plan
@@ -59,10 +58,10 @@ def plan_run(folder: pathlib.Path, arguments: PlanArguments) -> tuple[Table, pat
     checkpoint.load_into(objective, state["objective"], str(folder))
     objective.to(device).eval().requires_grad_(False)
     settings = settings_of(recipe.objective.planning, arguments)
-    planner = make_planner(arguments.planner, settings, recipe.data.rooms)
+    planner = make_planner(settings, recipe.data.rooms)
     agents = {"random policy": RandomPolicy(arguments.seed), "straight to the goal": StraightLine(),
-              arguments.planner: PlanningAgent(objective, planner, settings, seed=arguments.seed,
-                                               max_rows=arguments.max_rows)}
+              settings.planner: PlanningAgent(objective, planner, settings, seed=arguments.seed,
+                                              max_rows=arguments.max_rows)}
     environment, outcomes = recipe.data.rooms.build(), {}
     for name, agent in agents.items():
         environment.reset(arguments.seed, arguments.episodes, device)
@@ -75,15 +74,16 @@ def plan_run(folder: pathlib.Path, arguments: PlanArguments) -> tuple[Table, pat
 
 
 def settings_of(config: PlanningConfig, arguments: PlanArguments) -> PlanningConfig:
-    given = {name: getattr(arguments, name) for name in ("horizon", "num_samples", "num_iterations", "num_executed")}
+    given = {name: getattr(arguments, name) for name in ("planner", "horizon", "num_samples", "num_iterations",
+                                                    "num_executed")}
     changes = {name: value for name, value in given.items() if value is not None}
     changes["num_elites"] = min(config.num_elites, changes.get("num_samples", config.num_elites))
     return dataclasses.replace(config, **changes)
 
 
-def make_planner(name: PlannerName, settings: PlanningConfig, rooms: Rooms):
-    """The planner of this name with the public project's constants, but for what `settings` and the rooms say."""
-    dots = isinstance(rooms, DotRooms)
+def make_planner(settings: PlanningConfig, rooms: Rooms):
+    """The planner with the public project's constants, but for what `settings` and the rooms say."""
+    name, dots = settings.planner, isinstance(rooms, DotRooms)
     limits = dict(max_norm=rooms.max_step) if dots else dict(low=-1.0, high=1.0)
     changes = dict(horizon=settings.horizon, num_samples=settings.num_samples, num_iterations=settings.num_iterations,
                    std=settings.std, **limits)
@@ -91,7 +91,7 @@ def make_planner(name: PlannerName, settings: PlanningConfig, rooms: Rooms):
         return GradientPlanner.leworldmodel(**changes)
     changes["num_elites"] = settings.num_elites
     if name == "icem":
-        return ICEM.stable_worldmodel(**changes)
+        return ICEM.stable_worldmodel(num_kept=min(5, settings.num_elites), **changes)
     if name == "mppi":
         return MPPI.eb_jepa(**changes) if dots else MPPI.stable_worldmodel(**changes)
     if name != "cem":
@@ -125,8 +125,8 @@ def write(folder: pathlib.Path, recipe: "recipes.Recipe", table: Table, outcomes
                                   "distance": [round(value, 3) for value in outcome.distance.tolist()]}
                            for name, outcome in outcomes.items()}}
     (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw_episodes(environment, outcomes[arguments.planner], folder / "plan.png")
-    pictures = [("plan.png", f"Episodes planned with {arguments.planner}: from the dot to the star; "
+    draw_episodes(environment, list(outcomes.values())[-1], folder / "plan.png")
+    pictures = [("plan.png", f"Episodes planned with {list(outcomes)[-1]}: from the dot to the star; "
                              "the number is of environment steps.")]
     if (folder / "metrics.csv").is_file():
         learning_curves(folder / "metrics.csv", folder / "curves.png")
@@ -149,10 +149,10 @@ def draw_episodes(environment: TwoRooms, outcome: Outcome, out_png: pathlib.Path
         for ax in axes.flat:
             ax.set_axis_off()
         for ax, i in zip(axes.flat, chosen, strict=False):
-            path = outcome.positions[i, :int(outcome.steps[i]) // skip + 1].cpu()
-            ax.imshow(walls[i], cmap="gray", vmin=-1, vmax=1.1, extent=extent)
+            path = outcome.positions[i, :int(outcome.steps[i]) // skip + 1].cpu().numpy()
+            ax.imshow(walls[i].numpy(), cmap="gray", vmin=-1, vmax=1.1, extent=extent)
             ax.plot(path[:, 0], path[:, 1], color=ACCENT, linewidth=1)
             ax.plot(*path[0], "o", color=ACCENT, markersize=4)
-            ax.plot(*environment.goal[i].cpu(), "*", color="#b35900", markersize=8)
+            ax.plot(*environment.goal[i].tolist(), "*", color="#b35900", markersize=8)
             ax.set_title(f"{int(outcome.steps[i])}" + ("" if outcome.success[i] else ", failed"), fontsize=8,
                          color=MUTED, loc="left")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import recipes
-from ..data import MnistData, load_in_order
+from ..data import MnistData, TwoRoomsData, load_in_order
 from ..info import devices, versions
 from ..objectives.action_conditioned import ActionConditioned
 from ..train import checkpoint
@@ -42,6 +42,8 @@ def evaluate_run(folder: pathlib.Path, *, probe_depth: int = 1) -> tuple[Table |
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder} is not a run folder: no recipe.yaml in it")
     recipe = recipes.load(folder / "recipe.yaml")
+    if isinstance(recipe.data, TwoRoomsData):
+        raise ValueError(f"eval probes encoders of images, a world model is judged by: jepa-fast plan {folder}")
     torch.manual_seed(recipe.train.seed)
     untrained = recipe.objective.build()
     objective = recipe.objective.build()

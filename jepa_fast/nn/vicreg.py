@@ -44,10 +44,14 @@ def vc(x: Tensor, std_weight: float = 10.0, cov_weight: float = 100.0) -> Tensor
 
 
 def all_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, with gradients; after DistributedDataParallel's mean they are those of the global batch."""
+    """The rows of all ranks, with gradients; after DistributedDataParallel's mean they are those of the global batch.
+
+    As many rows on every rank. A sum of padded rows, not an all-gather, whose gradient may wait forever on gloo.
+    """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    return torch.cat(dist_nn.all_gather(x.contiguous()))
+    before, after = dist.get_rank() * len(x), (dist.get_world_size() - dist.get_rank() - 1) * len(x)
+    return dist_nn.all_reduce(F.pad(x, (0, 0, before, after)))
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -60,9 +60,12 @@ class VideoPrediction(nn.Module):
 
     def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
         """Add the masks of this step: a function of (seed, step, number of the sample in the global batch)."""
-        masks = [self.config.masking.sample(self.encoder.patch_embed.grid(clips), len(clips), seed=seed, step=step,
-                                            first_sample=first_sample) for clips in as_list(batch["clips"])]
-        return batch | {"masks": [self.pack(m) for m in masks]}
+        packed = []
+        for clips in as_list(batch["clips"]):
+            masks = self.config.masking.sample(self.encoder.patch_embed.grid(clips), len(clips), seed=seed, step=step,
+                                               first_sample=first_sample)
+            packed.append(self.pack(masks).to(clips.device, non_blocking=True))
+        return batch | {"masks": packed}
 
     def pack(self, masks) -> PackedMasks:
         """Masks with row numbers that name the mask tokens of this model."""

@@ -111,8 +111,8 @@ class HierarchicalVideoPrediction(nn.Module):
         nearness = None
         if weight and self.config.weight_by_distance:
             nearness = nearest_target(masks, self.encoder.grid(pixels)).double().pow(-0.25).to(pixels.device)
-        return Group(pixels=pixels, masks=masks.pack().to(pixels.device), context_loss_weight=weight, nearness=nearness,
-                     is_image=is_image)
+        packed = masks.pack().to(pixels.device, non_blocking=True)
+        return Group(pixels=pixels, masks=packed, context_loss_weight=weight, nearness=nearness, is_image=is_image)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """{"groups": of `prepare`} -> {"loss": 0-dim, scalars and features to watch}."""

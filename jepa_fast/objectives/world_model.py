@@ -17,6 +17,7 @@ from ..nn.block import at_least_float32
 class PlanningConfig:
     """What `jepa-fast plan` uses unless told otherwise."""
 
+    planner: Literal["cem", "mppi", "icem", "gradient"] = "cem"
     horizon: int = 90              # actions (blocks of them, where the environment skips frames) per plan
     num_samples: int = 200         # sequences per iteration and episode
     num_iterations: int = 20

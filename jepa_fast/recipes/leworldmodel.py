@@ -29,16 +29,16 @@ def leworldmodel_two_rooms() -> Recipe:
 
 
 def leworldmodel_two_rooms_small() -> Recipe:
-    """The same rooms drawn at 64 x 64, a shallow ViT/8 of 96, larger steps: minutes on two cores."""
+    """The same rooms drawn at 48 x 48, a shallow ViT/8 of 96, larger steps: minutes on two cores."""
     return Recipe(
         name="leworldmodel_two_rooms_small", paper=PAPER,
-        summary="demo: LeWorldModel of 96 on Two-Rooms at 64, minutes on two cores",
+        summary="demo: LeWorldModel of 96 on Two-Rooms at 48, minutes on two cores",
         objective=LeWorldModelConfig(
-            encoder=VisionTransformerConfig(image_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3,
+            encoder=VisionTransformerConfig(image_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3,
                                             positions="learned", class_token=True),
             predictor=ConditionalPredictorConfig(depth=3, num_heads=4, head_dim=32, mlp_dim=384, dropout=0.1),
             embed_dim=96, projector_dim=512, sigreg=SIGRegConfig(num_slices=256)),
-        data=TwoRoomsData(rooms=DiscRooms(image_size=64), num_frames=4, num_samples=12_800),
+        data=TwoRoomsData(rooms=DiscRooms(image_size=48), num_frames=4, num_samples=6_400),
         optim=OptimConfig(lr=WarmupCosine(start=5e-6, peak=5e-4, final=0.0, warmup_epochs=0.5, first_count=0),
                           weight_decay=Constant(value=1e-3), decay_all=True, clip_grad=1.0),
         train=TrainConfig(batch_size=64, epochs=10, precision="fp32", seed=3072))
