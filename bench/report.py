@@ -22,17 +22,22 @@ def bench_table() -> str:
         lines = ["| bench | case | code | ms (p20 – p80) | × faster | GB/s | peak MB |", "|---|---|---|---|---|---|---|"]
         for row in data["rows"]:
             rate, memory = (f"{row[key]:.1f}" if row.get(key) is not None else "" for key in ("gb_per_s", "peak_mb"))
-            lines.append(f"| {row['bench']} | {row['case']} | {row['provider']} | {row['ms']:.3f} ({row['p20_ms']:.3f} – "
-                         f"{row['p80_ms']:.3f}) | {row['ratio']:.2f} | {rate} | {memory} |")
+            spread = f" ({row['p20_ms']:.3f} – {row['p80_ms']:.3f})" if "p20_ms" in row else ""
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            lines.append(f"| {row['bench']} | {row['case']} | {row['provider']} | {row['ms']:.3f}{spread} | {ratio} "
+                         f"| {rate} | {memory} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def demo_table() -> str:
-    data = json.loads((ROOT / "bench/results/demo/eval.json").read_text())
-    header = "| " + " | ".join(data["header"]) + " |\n|" + "---|" * len(data["header"])
-    return f"`make demo`: {data['title']}\n\n" + header + "\n" + "\n".join("| " + " | ".join(row) + " |"
-                                                                          for row in data["rows"]) + "\n"
+    """The tables of every demo: eval.json or plan.json of its run, kept under the recipe's name."""
+    parts = []
+    for path in sorted((ROOT / "bench/results/demo").glob("*.json")):
+        data = json.loads(path.read_text())
+        parts += [f"{table['title']}\n\n" + markdown(tuple(table["header"]), table["rows"])
+                  for table in (data, *data.get("more", []))]
+    return "\n".join(parts)
 
 
 def gpu_table() -> str:
