@@ -112,7 +112,7 @@ def probe(train: Features, test: Features, num_heads: dict[str, int], depth: int
             pooled = train.pooled[name], labels, test.pooled[name], test.labels[question]
             attentive = attentive_probe(train.tokens[name], labels, test.tokens[name], test.labels[question], grid)
             accuracies = (linear_probe(*pooled, tolerance=1e-4, dtype=torch.float32).accuracy,
-                          knn_accuracy(*pooled, k=min(20, len(labels))), attentive.accuracy)
+                          knn_accuracy(*pooled, k=min(20, max(1, len(labels) // 4))), attentive.accuracy)
             cells += [f"{100 * accuracy:.1f}" for accuracy in accuracies]
         rows.append(cells)
     columns = [f"{question} {kind}" for question in train.labels for kind in ("linear %", "kNN %", "attentive %")]
