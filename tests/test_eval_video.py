@@ -123,7 +123,7 @@ def test_eval_of_a_video_run(name, depth, tmp_path, few, monkeypatch):
     assert [row[0] for row in probes.rows] == ["raw pixels", "untrained encoder", "trained encoder"]
     assert list(probes.header[2:]) == [f"{q} {kind} %" for q in questions for kind in ("linear", "kNN", "attentive")]
     assert all(0 <= float(cell) <= 100 for row in probes.rows for cell in row[2:])
-    assert [row[0] for row in surprise.rows][-1] == "all" and len(surprise.rows) == 7
+    assert [row[0] for row in surprise.rows][-1] == "all" and len(surprise.rows) == 6
     assert surprise.rows[-1][1] == "12" and "(" in surprise.rows[-1][3]
     assert str(tables) == f"{probes}\n\n{surprise}"
     saved = json.loads((tmp_path / "eval.json").read_text())

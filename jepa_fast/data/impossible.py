@@ -1,4 +1,4 @@
-"""Pairs of clips for violation of expectation: the same pixels up to an event, then one goes on as things do.
+"""Clips for violation of expectation: the same pixels up to an event, then one goes on as things do.
 
 A digit moves along a line. What cannot happen, by kind:
 
@@ -7,10 +7,11 @@ A digit moves along a line. What cannot happen, by kind:
     pass_wall       it goes on where a wall turns the possible one back
     change_shape    it becomes another digit, in the open
     change_colour   it becomes darker, in the open
-    appear          it is there from one frame to the next, in an empty picture
 
-`appear` is the control: there the impossible clip has more to see, elsewhere as much or less.
-Violation of expectation with V-JEPA: arXiv:2502.11831.
+Of two contents A and B, such as a digit and nothing, a set holds all four clips: AA and BB, which can happen, AB and BA,
+which cannot. Both halves of a set show the same frames in all (but for the wall, nearly), so a model that is more
+surprised by fuller pictures, or by emptier ones, gains nothing. Sets of IntPhys: arXiv:1803.07616. Violation of
+expectation with V-JEPA: arXiv:2502.11831.
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ from torch import Tensor
 from .mnist import load_mnist, split_indices
 from .moving_digits import draw_moving, uniforms
 
-KINDS = ("vanish", "vanish_behind", "pass_wall", "change_shape", "change_colour", "appear")
+KINDS = ("vanish", "vanish_behind", "pass_wall", "change_shape", "change_colour")
 _SIDE = 20                     # pixels: digits without their empty margin
 _GREY, _DARK = 128, 0.4        # a screen's or wall's level; what a change of colour leaves of the light
 
 
 class ImpossiblePairs:
-    """`num_pairs` pairs of clips uint8 [1, T, H, W], of each kind in turn; pair i depends on (seed, split, i) and sizes.
+    """`num_pairs` sets of clips uint8 [1, T, H, W], of each kind in turn; set i depends on (seed, split, i) and sizes.
 
     `kind` [n] int64 numbers `kinds`. The event comes after three eighths of the frames and before five eighths; what
     goes on behind a screen shows later, when the possible digit comes out.
@@ -67,42 +68,43 @@ class ImpossiblePairs:
         return len(self.kind)
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """(possible, impossible), uint8 [1, T, H, W] each."""
+        """(possible, impossible), uint8 [1, T, H, W] each: AA and AB of set `index`."""
         return tuple(self.pairs(torch.tensor([index]))[0])
 
     def pairs(self, indices: Tensor) -> Tensor:
-        """uint8 [B, 2, 1, T, H, W] of pairs `indices` [B]: possible, impossible."""
-        return torch.stack([self._pair(int(i)) for i in indices])
+        """uint8 [B, 2, 1, T, H, W] of sets `indices` [B]: AA and AB."""
+        return self.sets(indices)[:, ::2]
 
-    def _pair(self, i: int) -> Tensor:
+    def sets(self, indices: Tensor) -> Tensor:
+        """uint8 [B, 4, 1, T, H, W] of sets `indices` [B]: the possible AA and BB, the impossible AB and BA."""
+        return torch.stack([self._set(int(i)) for i in indices])
+
+    def _set(self, i: int) -> Tensor:
         kind, event, T, S = self.kinds[self.kind[i]], self._event[i], self.num_frames, self.image_size
-        digit, other = self.images[self._digit[i]], self.images[self._other[i]]
-        time = np.arange(T)
-        is_after = torch.from_numpy(time >= event)[:, None, None]
+        digit, time = self.images[self._digit[i]], np.arange(T)
         along = (S - _SIDE) * time / (T - 1)           # from one border to the other
-        possible = self._draw(digit, along, i)
-        if kind == "vanish":
-            impossible = possible * ~is_after
-        elif kind == "appear":
-            possible, impossible = torch.zeros_like(possible), possible * is_after
-        elif kind == "change_shape":
-            impossible = torch.where(is_after, self._draw(other, along, i), possible)
-        elif kind == "change_colour":
-            impossible = torch.where(is_after, (possible * _DARK).to(torch.uint8), possible)
-        elif kind == "vanish_behind":
-            is_past = torch.from_numpy(along > (S - _SIDE) / 2)[:, None, None]
-            begin, end = (S - _SIDE) // 2 - 1, (S + _SIDE) // 2 + 1
-            impossible = possible * ~is_past
-            possible[..., begin:end] = impossible[..., begin:end] = _GREY
+        if kind == "pass_wall":
+            clips = self._at_a_wall(digit, along[event], along - along[event], i)
         else:
-            contact = along[event]
-            impossible = possible
-            possible = self._draw(digit, np.minimum(along, 2 * contact - along), i)
-            begin = int(np.ceil(contact)) + _SIDE
-            impossible[..., begin:begin + 4] = possible[..., begin:begin + 4] = _GREY
-        both = torch.stack([possible, impossible])
-        both = both.flip(-1) if self._is_reversed[i] else both
-        return (both.mT if self._is_vertical[i] else both).unsqueeze(1).contiguous()
+            a = self._draw(digit, along, i)
+            b = {"change_shape": lambda: self._draw(self.images[self._other[i]], along, i),
+                 "change_colour": lambda: (a * _DARK).to(torch.uint8)}.get(kind, lambda: torch.zeros_like(a))()
+            is_after = along > (S - _SIDE) / 2 if kind == "vanish_behind" else time >= event
+            is_after = torch.from_numpy(is_after)[:, None, None]
+            clips = torch.stack([a, b, torch.where(is_after, b, a), torch.where(is_after, a, b)])
+            if kind == "vanish_behind":
+                clips[..., (S - _SIDE) // 2 - 1:(S + _SIDE) // 2 + 1] = _GREY
+        clips = clips.flip(-1) if self._is_reversed[i] else clips
+        return (clips.mT if self._is_vertical[i] else clips).unsqueeze(1).contiguous()
+
+    def _at_a_wall(self, digit: Tensor, contact: float, way: np.ndarray, i: int) -> Tensor:
+        """A stays before the wall, B behind it; `way` [T] is 0 where they touch it."""
+        begin = int(np.ceil(contact)) + _SIDE
+        behind = begin + 4
+        lines = (contact - np.abs(way), behind + np.abs(way), contact + way, behind - way)
+        clips = torch.stack([self._draw(digit, line, i) for line in lines])
+        clips[..., begin:behind] = _GREY
+        return clips
 
     def _draw(self, digit: Tensor, along: np.ndarray, i: int) -> Tensor:
         """uint8 [T, S, S], from left to right."""

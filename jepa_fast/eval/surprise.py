@@ -2,7 +2,7 @@
 
 A window slides over a clip. From the tokens of its first time steps the predictor predicts the representation of the
 others; the mean absolute difference to the target encoder's representation of the window is the window's surprise, the
-mean (or the largest) over the windows that of the clip. Of two clips that are equal up to an event, the impossible one
+mean (or the largest) over the windows that of the clip. Of clips that are equal up to an event, the impossible ones
 should surprise more. Garrido et al., arXiv:2502.11831.
 """
 
@@ -76,7 +76,7 @@ def clip_surprise(surprise: WindowSurprise, clips: Tensor, num_frames: int, *, s
 
 @dataclass(frozen=True)
 class PairwiseAccuracy:
-    """In how many of n pairs the impossible clip surprised more; a tie counts half."""
+    """In how many of n sets the impossible clips surprised more than the possible ones; a tie counts half."""
 
     right: float
     n: int
@@ -100,11 +100,11 @@ class PairwiseAccuracy:
 def pairwise_accuracy(surprise: WindowSurprise, pairs, prepare: Callable[[Tensor], Tensor], num_frames: int, *,
                       stride: int = 2, reduce: Literal["mean", "max"] = "mean",
                       batch_size: int = 16) -> dict[str, PairwiseAccuracy]:
-    """By kind of event, and "all": how often the impossible clip of a pair surprises more.
+    """By kind of event, and "all": how often the two impossible clips of a set together surprise more than the possible.
 
     `pairs` as `data.ImpossiblePairs`; `prepare` makes of its uint8 clips [n, C, T, H, W] what the model takes.
     """
-    right = torch.cat([_right(surprise, prepare(pairs.pairs(part).flatten(0, 1)), num_frames, stride, reduce)
+    right = torch.cat([_right(surprise, prepare(pairs.sets(part).flatten(0, 1)), num_frames, stride, reduce)
                        for part in torch.arange(len(pairs)).split(batch_size)])
     result = {}
     for number, kind in enumerate(pairs.kinds):
@@ -115,14 +115,15 @@ def pairwise_accuracy(surprise: WindowSurprise, pairs, prepare: Callable[[Tensor
 
 
 def _right(surprise: WindowSurprise, clips: Tensor, num_frames: int, stride: int, reduce: str) -> Tensor:
-    """[B] in {0, 0.5, 1} of clips [2 B, ...], possible and impossible in turn."""
-    possible, impossible = clip_surprise(surprise, clips, num_frames, stride=stride, reduce=reduce).view(-1, 2).cpu().T
+    """[B] in {0, 0.5, 1} of clips [4 B, ...], the possible AA and BB, then the impossible AB and BA of each set."""
+    values = clip_surprise(surprise, clips, num_frames, stride=stride, reduce=reduce).view(-1, 2, 2).cpu()
+    possible, impossible = values.sum(2).T
     return torch.where(impossible == possible, 0.5, (impossible > possible).float())
 
 
 def surprise_table(accuracies: Mapping[str, Mapping[str, PairwiseAccuracy]], title: str) -> Table:
-    """Kinds of events down, models across: percent of pairs and its 95 % interval, beside chance."""
+    """Kinds of events down, models across: percent of sets and its 95 % interval, beside chance."""
     kinds = list(next(iter(accuracies.values())))
     rows = [(kind, f"{next(iter(accuracies.values()))[kind].n}", "50.0",
              *(str(by_kind[kind]) for by_kind in accuracies.values())) for kind in kinds]
-    return Table(title, ("event", "pairs", "chance %", *(f"{name} %" for name in accuracies)), rows)
+    return Table(title, ("event", "sets", "chance %", *(f"{name} %" for name in accuracies)), rows)

@@ -20,7 +20,7 @@ from .probe_grid import ProbeGridConfig, attentive_probe
 from .surprise import PairwiseAccuracy, VideoObjective, latent_surprise, pairwise_accuracy, surprise_table
 from .table import Table
 
-MAX_TRAIN, MAX_TEST, NUM_PAIRS = 1000, 1000, 300
+MAX_TRAIN, MAX_TEST, NUM_PAIRS = 1000, 1000, 200
 MAX_BYTES = 2 * 2**30           # of the tokens of one encoder; fewer clips where they would take more
 POOLED = (8, 12, 12)            # raw clips are shrunk to this for the raw-pixel row
 NUM_SHOWN = 16                  # held-out clips whose tokens are drawn, or fitted with those that are
@@ -59,7 +59,7 @@ def evaluate_video(folder: pathlib.Path, recipe: "recipes.Recipe", untrained: nn
     pictures = draw(folder, test, test_split.class_names, config)
     if isinstance(trained, VideoObjective):
         accuracies, picture = surprise(folder, objectives, recipe.data, device)
-        tables.append(surprise_table(accuracies, f"{title}: percent of pairs whose impossible clip surprises more "
+        tables.append(surprise_table(accuracies, f"{title}: percent of sets whose impossible clips surprise more "
                                                  "(95 % interval)"))
         pictures.append(picture)
     return tables, pictures
@@ -121,7 +121,7 @@ def probe(train: Features, test: Features, num_heads: dict[str, int], depth: int
 
 def surprise(folder: pathlib.Path, objectives: dict[str, VideoObjective], data,
              device: torch.device) -> tuple[dict[str, dict[str, PairwiseAccuracy]], tuple[str, str]]:
-    """How often the impossible clip of a pair surprises more, by model and kind; clips half as long again as the model's."""
+    """How often the impossible clips of a set surprise more, by model and kind; clips half as long again as the model's."""
     config = next(iter(objectives.values())).config.encoder
     time, tubelet = config.grid[0], config.tubelet_size
     is_small = config.image_size <= 96
