@@ -2,7 +2,14 @@
 
 import dataclasses
 
-from jepa_fast.data import MovingDigitsData, SyntheticData, SyntheticTrajectoryData, SyntheticVideoData
+from jepa_fast.data import (
+    IjepaTransform,
+    MovingDigitsData,
+    MultiCrop,
+    SyntheticData,
+    SyntheticTrajectoryData,
+    SyntheticVideoData,
+)
 from jepa_fast.models.resnet import ResNetConfig
 from jepa_fast.objectives.action_conditioned import ActionConditionedConfig
 from jepa_fast.objectives.eb_jepa import EBJEPAConfig
@@ -23,7 +30,9 @@ def shrink(recipe: Recipe) -> Recipe:
 
 def latent_prediction(recipe: Recipe):
     objective = recipe.objective
-    encoder = dataclasses.replace(objective.encoder, embed_dim=12 * objective.encoder.num_heads, depth=2)
+    encoder = objective.encoder
+    encoder = dataclasses.replace(encoder, embed_dim=12 * encoder.num_heads, depth=2,
+                                  image_size=min(encoder.image_size, 12 * encoder.patch_size))
     objective = dataclasses.replace(
         objective, encoder=encoder,
         predictor=dataclasses.replace(objective.predictor, embed_dim=12 * encoder.num_heads, depth=2),
@@ -107,8 +116,12 @@ def rooms(recipe: Recipe, image_size: int):
 
 
 def images(recipe: Recipe, encoder) -> SyntheticData:
-    return SyntheticData(num_images=16, image_size=encoder.image_size, in_chans=encoder.in_chans,
-                         transform=recipe.data.transform)
+    transform, image_size = recipe.data.transform, encoder.image_size
+    if isinstance(transform, IjepaTransform):
+        transform = dataclasses.replace(transform, image_size=image_size)
+    if isinstance(transform, MultiCrop) and transform.num_local:
+        image_size, transform = 56, dataclasses.replace(transform, global_size=56, local_size=42)
+    return SyntheticData(num_images=16, image_size=image_size, in_chans=encoder.in_chans, transform=transform)
 
 
 OBJECTIVES = {ActionConditionedConfig: action_conditioned, EBJEPAConfig: eb_jepa, LatentPredictionConfig: latent_prediction,
