@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jepa_fast import ops, testing
-from jepa_fast.masking import MultiBlock, multiblock_plain
+from jepa_fast.masking import MultiBlock, MultiBlock3D, multiblock3d_plain, multiblock_plain
 
 from .measure import agree, interleaved, peak_memory_bytes
 
@@ -119,12 +119,14 @@ def varlen_attention(S: int, N: int, H: int, d: int, case: str, dtype: torch.dty
                  1e-5 if dtype == torch.float32 else 3e-2)
 
 
-def sampler(batch_size: int, grid: tuple[int, int], case: str) -> Bench:
-    """A whole batch of masks; the baseline is the per-image Python algorithm of the official collator."""
-    config = MultiBlock(mask_group_size=batch_size)
+def sampler(batch_size: int, grid: tuple[int, ...], case: str) -> Bench:
+    """A batch of masks of images or clips; the baseline is the per-sample Python algorithm of the official collator."""
+    is_video = len(grid) == 3
+    config = (MultiBlock3D if is_video else MultiBlock)(mask_group_size=batch_size)
+    sample_plain = (multiblock3d_plain if is_video else multiblock_plain).sample_official
 
     def plain():
-        return multiblock_plain.sample_official(config, grid, 0, 3, 0, batch_size)
+        return sample_plain(config, grid, 0, 3, 0, batch_size)
 
     def ours():
         return config.sample(grid, batch_size, seed=0, step=3)
@@ -132,7 +134,7 @@ def sampler(batch_size: int, grid: tuple[int, int], case: str) -> Bench:
     def tensors(masks):
         return [masks.context_idx, masks.target_idx]
 
-    return Bench("mask_sampler", case, {"per image, Python and torch": plain, "ours": ours},
+    return Bench("mask_sampler", case, {"per sample, Python and torch": plain, "ours": ours},
                  {"plain": lambda: tensors(plain()), "ours": lambda: tensors(ours())}, 0.0)
 
 
@@ -193,6 +195,8 @@ def all_benches() -> list[Callable[[], Bench]]:
         lambda: adamw_ema("vits16", config_vits16()),
         lambda: sampler(128, (16, 16), "vith14-224-b128"),
         lambda: sampler(16, (14, 14), "vits16-224-b16"),
+        lambda: sampler(24, (8, 14, 14), "vjepa-16x224-b24"),
+        lambda: sampler(12, (32, 16, 16), "vjepa2-64x256-b12"),
         lambda: gather_tokens(64, 196, 90, 384, "vits16-224-b64"),
         lambda: gather_tokens(32, 196, 90, 1024, "vitl16-224-b32"),
         lambda: patch_embed(16, 224, 16, 50, 384, "vits16-224-b16"),

@@ -6,6 +6,7 @@ from jepa_fast.masking import MultiBlock
 from jepa_fast.models.encoder import VisionTransformerConfig
 from jepa_fast.models.predictor import PredictorConfig
 from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
+from jepa_fast.objectives.video_prediction import VideoPredictionConfig
 from jepa_fast.optim import AdamWEMA, param_groups
 
 from .measure import agree, interleaved
@@ -15,11 +16,11 @@ LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 0.04, 0.996
 
 
 class OurStep:
-    def __init__(self, config: LatentPredictionConfig):
+    def __init__(self, config: LatentPredictionConfig | VideoPredictionConfig, momentum: float = MOMENTUM):
         self.objective = config.build()
         groups = param_groups(self.objective.roles(), WEIGHT_DECAY)
         self.optimizer = AdamWEMA(groups, lr=LR, averages=self.objective.averages())
-        self.optimizer.momentum = MOMENTUM
+        self.optimizer.momentum = momentum
 
     def step(self, batch: dict) -> float:
         losses = self.objective(batch)

@@ -1,4 +1,4 @@
-"""jepa-fast: train · eval · bench · info · recipes."""
+"""jepa-fast: train · eval · plan · cache · convert · bench · info · recipes."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,7 +16,10 @@ USAGE = """usage: jepa-fast COMMAND ...
   train --from RUN/recipe.yaml [...]          the recipe of an earlier run, perhaps with changes
   eval RUN                                    probe a run's encoder; writes tables and pictures to its folder
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
-  bench ops | step | plan                     ratios against plain PyTorch, measured in one run
+  cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
+  convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
+  bench ops | step | video-step | video-memory | plan
+                                              ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
@@ -44,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
-    commands = {"train": train, "eval": evaluate, "bench": bench, "plan": plan, "info": info,
-                "recipes": list_recipes}
+    commands = {"train": train, "eval": evaluate, "plan": plan, "cache": cache, "convert": convert, "bench": bench,
+                "info": info, "recipes": list_recipes}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -143,11 +146,12 @@ def evaluate(argv: list[str]) -> None:
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         run: Annotated[pathlib.Path, tyro.conf.Positional]  # the run folder
+        probe_depth: int = 1  # of the attentive probes of a video run: 1 as V-JEPA, 4 as V-JEPA 2
 
     arguments = tyro.cli(Arguments, prog="jepa-fast eval", args=argv)
     from .eval.run import evaluate_run
 
-    table, page = evaluate_run(arguments.run)
+    table, page = evaluate_run(arguments.run, probe_depth=arguments.probe_depth)
     print(table)
     print(f"page: {page}")
 
@@ -164,6 +168,61 @@ def plan(argv: list[str]) -> None:
     table, page = plan_run(arguments.run, arguments.how)
     print(table)
     print(f"page: {page}")
+
+
+def cache(argv: list[str]) -> None:
+    from . import recipes
+    from .train.cache import cache_features
+
+    if not argv or argv[0].startswith("-"):
+        raise UserError("usage: jepa-fast cache RECIPE --to FOLDER [--dtype float32|bfloat16] [--field.subfield VALUE ...]")
+    recipe = recipes.get_recipe(argv[0])
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        to: pathlib.Path                                    # the folder to write
+        dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: half the size, rounded
+
+    # what is not known here is for the recipe's fields
+    arguments, rest = tyro.cli(Arguments, prog=f"jepa-fast cache {recipe.name}", args=argv[1:], return_unknown_args=True)
+    recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast cache {recipe.name}", default=recipe,
+                      args=rest, description=recipe.summary)
+    cache_features(recipe, arguments.to, arguments.dtype)
+    print(f"features: {arguments.to}  (next: jepa-fast train {recipe.name} --data.features {arguments.to} ...)")
+
+
+def convert(argv: list[str]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        source: Annotated[pathlib.Path, tyro.conf.Positional]  # file or folder: official, a run, Hugging Face, safetensors
+        target: Annotated[pathlib.Path, tyro.conf.Positional]  # official: a file; the others: a folder
+        to: Literal["official", "ours", "hf", "safetensors"]   # ours: a run folder to train on; hf: for from_pretrained
+        which: str | None = None              # the encoder for hf (target_encoder unless given), or the only role to write
+        recipe: str | None = None             # of the run folder: a name, or RUN/recipe.yaml
+        family: str | None = None             # ijepa, vjepa, vjepa2, vjepa2_ac, vjepa2_1: where the file does not tell
+        num_heads: int | None = None          # of the encoder, where its width is not an official one
+        image_size: int | None = None         # pixels, where the file does not tell
+        num_frames: int | None = None         # of a clip, where the file does not tell
+        predictor_num_heads: int | None = None
+        resize_mask_tokens: bool = False      # ours: take as many of the mask tokens as the recipe has
+        force: bool = False                   # replace TARGET
+
+    from . import checkpoints, recipes
+
+    files = [f"{name}: {file.model}; {file.encoder}; {file.url}" for name, file in checkpoints.released().items()]
+    arguments = tyro.cli(Arguments, prog="jepa-fast convert", args=argv,
+                         description="Write a checkpoint of any kind as another. Released files:\n\n" + "\n\n".join(files))
+    recipe = None
+    if arguments.recipe:
+        path = pathlib.Path(arguments.recipe)
+        recipe = recipes.load(path) if path.is_file() else recipes.get_recipe(arguments.recipe)
+    given = {name: getattr(arguments, name) for name in ("num_heads", "image_size", "num_frames")}
+    reports = checkpoints.convert(
+        arguments.source, arguments.target, arguments.to, which=arguments.which, family=arguments.family, recipe=recipe,
+        encoder={name: value for name, value in given.items() if value is not None},
+        predictor={"num_heads": arguments.predictor_num_heads}, resize_mask_tokens=arguments.resize_mask_tokens,
+        force=arguments.force)
+    print(*reports, f"written: {arguments.target}", sep="\n")
 
 
 def bench(argv: list[str]) -> None:
@@ -191,7 +250,7 @@ def list_recipes(argv: list[str]) -> None:
     for name, make in sorted(recipes.all_recipes().items()):
         recipe = make()
         millions = count_parameters(recipe) / 1e6
-        print(f"{name:22s} {millions:7.1f} M  {recipe.paper:18s} {recipe.summary}")
+        print(f"{name:28s} {millions:7.1f} M  {recipe.paper:18s} {recipe.summary}")
 
 
 def count_parameters(recipe) -> int:

@@ -30,10 +30,13 @@ def pack_by_loop(masks: Masks) -> dict:
     first_row = [sum(len(part) for part in contexts[:i]) for i in range(E * B)]
     mask_row = sum(len(part) for part in contexts)
     idx, position, cu_seqlens, prediction, prediction_target, lengths = [], [], [0], [], [], []
+    context_prediction, context_target = [], []
     for m in range(M):
         for e in range(E):
             for b in range(B):
                 context, target = contexts[e * B + b].tolist(), targets[m * B + b].tolist()
+                context_prediction += [len(idx) + i for i in range(len(context))]
+                context_target += [b * N + token for token in context]
                 idx += [first_row[e * B + b] + i for i in range(len(context))]
                 prediction += [len(idx) + i for i in range(len(target))]
                 prediction_target += [b * N + token for token in target]
@@ -50,6 +53,7 @@ def pack_by_loop(masks: Masks) -> dict:
         "prediction_idx": prediction, "prediction_target_idx": prediction_target,
         "prediction_cu_seqlens": [sum(lengths[:i]) for i in range(len(lengths) + 1)],
         "prediction_max_seqlen": max(lengths), "prediction_lengths": lengths if len(set(lengths)) > 1 else None,
+        "context_prediction_idx": context_prediction, "context_target_idx": context_target,
         "full_cu_seqlens": [b * N for b in range(B + 1)],
         "batch_size": B, "num_tokens": N, "num_contexts": E, "num_targets": M}
 
@@ -110,6 +114,41 @@ def test_ragged_lists_have_no_official_form():
     assert masks.target_lists()[0].tolist() == [[3], [3]]
 
 
+def test_context_rows_are_what_prediction_leaves():
+    for problem in PROBLEMS.values():
+        packed = problem().pack()
+        both = torch.cat([packed.context_prediction_idx, packed.prediction_idx]).sort()[0]
+        assert torch.equal(both, torch.arange(len(packed.predictor_idx)))
+
+
+def test_join_puts_batches_end_to_end():
+    """Numbered tokens, contexts and positions, assembled batch by batch and from the joined rows, are the same."""
+    batches = [PROBLEMS[name]().pack() for name in ("ragged", "unbiased", "one of each")]
+    joined = PackedMasks.join(batches)
+
+    def assembled(packed, tokens, contexts, mask_tokens, table):
+        rows = torch.cat([contexts, mask_tokens])[packed.predictor_idx]
+        return [tokens[packed.context_idx], tokens[packed.target_idx], rows, table[packed.predictor_position],
+                rows[packed.prediction_idx], tokens[packed.prediction_target_idx], rows[packed.context_prediction_idx],
+                tokens[packed.context_target_idx]]
+
+    tokens = [1000 * g + torch.arange(m.batch_size * m.num_tokens) for g, m in enumerate(batches)]
+    contexts = [5000 + 1000 * g + torch.arange(len(m.context_idx)) for g, m in enumerate(batches)]
+    tables = [1000 * g + torch.arange(m.num_tokens) for g, m in enumerate(batches)]
+    mask_tokens = -1 - torch.arange(3)
+    parts = [assembled(m, tokens[g], contexts[g], mask_tokens[g:g + 1], tables[g]) for g, m in enumerate(batches)]
+    whole = assembled(joined, torch.cat(tokens), torch.cat(contexts), mask_tokens, torch.cat(tables))
+    for i, value in enumerate(whole):
+        assert torch.equal(value, torch.cat([part[i] for part in parts])), i
+    for name in ("context", "predictor", "prediction", "full"):
+        lengths = torch.cat([getattr(m, f"{name}_cu_seqlens").diff() for m in batches])
+        cu_seqlens = getattr(joined, f"{name}_cu_seqlens")
+        assert cu_seqlens.dtype == torch.int32 and cu_seqlens[0] == 0 and torch.equal(cu_seqlens.diff(), lengths)
+        assert name == "full" or getattr(joined, f"{name}_max_seqlen") == int(lengths.max())
+    assert joined.batch_size == sum(m.batch_size for m in batches)
+    assert PackedMasks.join(batches[:1]) is batches[0]
+
+
 GOOD = {"context_idx": torch.tensor([0, 1, 2]), "context_lengths": torch.tensor([[1, 2]]),
         "target_idx": torch.tensor([3, 3]), "target_lengths": torch.tensor([[1, 1]]), "num_tokens": 4}
 
@@ -143,5 +182,5 @@ def test_to_moves_every_tensor():
     moved = packed.to("meta", non_blocking=True)
     assert isinstance(moved, PackedMasks) and moved.predictor_max_seqlen == packed.predictor_max_seqlen
     tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 10 and all(value.device.type == "meta" for value in tensors.values())
+    assert len(tensors) == 12 and all(value.device.type == "meta" for value in tensors.values())
     assert torch.equal(packed.to("cpu").predictor_idx, packed.predictor_idx)

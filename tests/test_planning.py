@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from golden_data import error, golden, manifest, under
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from jepa_fast.data.poses import euler_angles, move_pose, pose_difference, rotation_matrix
 from jepa_fast.planning import CEM, CEMAC, ICEM, MPPI, GradientPlanner
@@ -225,6 +226,7 @@ def square(actions):
     (lambda: CEM(horizon=0), "horizon must be at least 1, got 0"),
     (lambda: CEM(momentum_mean=1.5), r"momentum_mean must be in \[0, 1\], got 1.5"),
     (lambda: CEM(low=1.0, high=(0.0, 2.0)), "low must be at most high"),
+    (lambda: CEM(low=(0.0, 0.0), high=(1.0, 1.0, 1.0)), "low and high must have one number per action dimension"),
     (lambda: CEM(max_norm=0.0), "max_norm must be above 0"),
     (lambda: CEM(std=-1.0), "std must be at least 0"),
     (lambda: CEM(returns="median"), "returns must be mean, best or sample, got 'median'"),
@@ -271,3 +273,15 @@ def test_the_model_keeps_its_gradients():
     weight = torch.nn.Parameter(torch.ones(2))
     GradientPlanner(num_iterations=2).plan(lambda a: (a * weight).square().sum((2, 3)), 1, action_dim=2, seed=0)
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_nothing_is_read_back_from_the_device(name):
+    """With tensors that have no values, anything that reads one raises."""
+    planner = dataclasses.replace(PLANNERS[name], num_iterations=2)
+    with FakeTensorMode():
+        goals = torch.empty(3, 2)
+        plan = planner.plan(reach(goals), 3, action_dim=2, seed=1, mean=torch.zeros(3, 4, 2))
+        assert plan.actions.shape == (3, 4, 2)
+        with pytest.raises(DataDependentOutputException):
+            float(plan.cost[0])

@@ -6,43 +6,29 @@ import pathlib
 
 import pytest
 import torch
+from shrink import shrink
 
 from jepa_fast import recipes
-from jepa_fast.data import SyntheticData
-from jepa_fast.data.two_rooms_data import TwoRoomsData
 from jepa_fast.models.encoder import VisionTransformerConfig
-from jepa_fast.models.resnet import ResNetConfig
-from jepa_fast.objectives.lejepa import LeJEPAConfig
+from jepa_fast.optim import Horizon
 from jepa_fast.train.loop import train
 
 ALL = sorted(recipes.all_recipes())
-# world models train on trajectories; test_world_models does for them what the tests of IMAGES do
-IMAGES = [name for name in ALL if not isinstance(recipes.get_recipe(name).data, TwoRoomsData)]
+
+
+def distinct() -> list[str]:
+    """Names without those that shrink to the same run: sizes of one family."""
+    seen, names = set(), []
+    for name in ALL:
+        small = dataclasses.replace(shrink(recipes.get_recipe(name)), name="", summary="")
+        if recipes.to_yaml(small) not in seen:
+            seen.add(recipes.to_yaml(small))
+            names.append(name)
+    return names
+
+
+DISTINCT = distinct()
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "recipe_losses.json"
-
-
-def shrink(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The recipe with a narrow, shallow model, few synthetic images and a small batch; all else as it is."""
-    objective, data = recipe.objective, recipe.data
-    encoder = objective.encoder
-    small = {"num_outputs": min(encoder.num_outputs, 16)}
-    if isinstance(encoder, ResNetConfig):
-        small |= {"width": 8}
-    else:
-        small |= {"embed_dim": 12 * encoder.num_heads, "depth": 2}
-    encoder = dataclasses.replace(encoder, **small)
-    changes = {"encoder": encoder}
-    if isinstance(objective, LeJEPAConfig):
-        changes["projector"] = (32, 32, objective.projector[-1])
-        changes["sigreg"] = dataclasses.replace(objective.sigreg, num_slices=64)
-    else:
-        changes["predictor"] = dataclasses.replace(objective.predictor, embed_dim=12 * encoder.num_heads, depth=2)
-        changes["masking"] = dataclasses.replace(objective.masking, mask_group_size=4)
-    synthetic = SyntheticData(num_images=16, image_size=encoder.image_size, in_chans=encoder.in_chans,
-                              transform=data.transform)
-    return dataclasses.replace(
-        recipe, objective=dataclasses.replace(objective, **changes), data=synthetic,
-        train=dataclasses.replace(recipe.train, batch_size=8, precision="fp32", device="cpu", max_steps=3, log_every=1))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -53,11 +39,14 @@ def test_saved_and_read_back_equal(name, tmp_path):
     assert recipes.load(tmp_path / "recipe.yaml") == recipe
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_parameter_gets_a_gradient(name):
     recipe = shrink(recipes.get_recipe(name))
     torch.manual_seed(0)
     objective = recipe.objective.build()
+    for parameter in objective.parameters():
+        if parameter.requires_grad and not parameter.any():  # gates that start at zero let nothing through
+            torch.nn.init.normal_(parameter, std=0.02)
     batch = next(iter(batches(recipe)))
     objective(objective.prepare(batch, seed=0, step=0, first_sample=0))["loss"].backward()
     without = [n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -69,7 +58,7 @@ def batches(recipe):
     return recipe.data.batches(recipe.data.build(), global_batch_size=recipe.train.batch_size, seed=recipe.train.seed)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_first_losses(name, tmp_path):
     """Three steps on synthetic images give the committed losses, and twice the same bits."""
     recipe = shrink(recipes.get_recipe(name))
@@ -105,7 +94,48 @@ def test_official_ijepa_constants():
         assert (lr.start, lr.peak, lr.final, lr.warmup_epochs) == (2e-4, 1e-3, 1e-6, warmup)
 
 
-@pytest.mark.parametrize("name, millions", [("ijepa_vith14", 630.4 + 22.3), ("ijepa_vitl16", 303.1 + 22.2)])
+def test_official_vjepa_constants():
+    """What the official YAML files say, once more and by hand: V-JEPA, then V-JEPA 2 with its cool-downs."""
+    for name, batch, group, image, width, depth, heads in [
+            ("vjepa_vitl16", 3072, 24, 224, 1024, 24, 16), ("vjepa_vith16", 3072, 24, 224, 1280, 32, 16),
+            ("vjepa_vith16_384", 2400, 10, 384, 1280, 32, 16)]:
+        recipe = recipes.get_recipe(name)
+        check_video(recipe, batch, group, 16, image, width, depth, heads)
+        assert (recipe.data.frame_step, recipe.data.fps) == (4, None)
+        assert recipe.optim.clip_grad == 10 and recipe.optim.clip_from_epoch == 41
+        assert recipe.train.epochs == 300 and recipe.train.seed == 234
+        horizon = Horizon(300, 300, 1.25)
+        assert recipe.optim.lr(11_999, horizon) == 6.25e-4 and recipe.objective.momentum(0, horizon) == 0.998
+    for name, group, frames, image, width, depth, heads in [
+            ("vjepa2_vitl16", 24, 16, 256, 1024, 24, 16), ("vjepa2_vith16", 24, 16, 256, 1280, 32, 16),
+            ("vjepa2_vitg16", 24, 16, 256, 1408, 40, 22), ("vjepa2_vitl16_cooldown", 12, 64, 256, 1024, 24, 16),
+            ("vjepa2_vith16_cooldown", 12, 64, 256, 1280, 32, 16), ("vjepa2_vitg16_cooldown", 6, 64, 256, 1408, 40, 22),
+            ("vjepa2_vitg16_384_cooldown", 6, 64, 384, 1408, 40, 22)]:
+        recipe = recipes.get_recipe(name)
+        check_video(recipe, 3072, group, frames, image, width, depth, heads)
+        assert recipe.data.fps == 4 and recipe.data.weights == (0.335, 0.1, 0.565) and recipe.optim.clip_grad is None
+        is_cooldown = frames == 64
+        horizon = Horizon(300, recipe.train.epochs, recipe.train.schedule_scale)
+        assert recipe.train.epochs == (40 if is_cooldown else 800) and recipe.train.seed == 239
+        last = recipe.optim.lr(300 * 40 - 1, horizon)
+        assert last == pytest.approx(1.06e-4, rel=5e-3) if is_cooldown else last == 5.25e-4
+        assert recipe.objective.momentum(5, horizon) == 0.99925 and recipe.optim.weight_decay(5, horizon) == 0.04
+
+
+def check_video(recipe, batch, group, frames, image, width, depth, heads):
+    objective, encoder = recipe.objective, recipe.objective.encoder
+    assert (recipe.train.batch_size, objective.masking.mask_group_size) == (batch, group)
+    assert (encoder.num_frames, encoder.image_size, encoder.patch_size, encoder.tubelet_size) == (frames, image, 16, 2)
+    assert (encoder.embed_dim, encoder.depth, encoder.num_heads) == (width, depth, heads)
+    assert (recipe.data.num_frames, recipe.data.transform.image_size) == (frames, image)
+    assert (objective.predictor.embed_dim, objective.predictor.depth) == (384, 12)
+    kinds = [(mask.num_blocks, mask.spatial_scale) for mask in objective.masking.masks]
+    assert kinds == [(8, (0.15, 0.15)), (2, (0.7, 0.7))] and objective.masking.mode == "official"
+    assert recipe.train.steps_per_epoch == 300 and recipe.train.schedule_scale == 1.25
+
+
+@pytest.mark.parametrize("name, millions", [("ijepa_vith14", 630.4 + 22.3), ("ijepa_vitl16", 303.1 + 22.2),
+                                            ("vjepa_vitl16", 303.9 + 22.1), ("vjepa2_vitg16", 1012.2 + 22.4)])
 def test_parameter_counts(name, millions):
     from jepa_fast.cli import count_parameters
 

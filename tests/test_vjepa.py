@@ -11,6 +11,7 @@ from jepa_fast.models.video_encoder import VideoTransformerConfig
 from jepa_fast.models.video_predictor import VideoPredictorConfig
 from jepa_fast.nn.block import Sequences
 from jepa_fast.nn.positions import sincos_2d, sincos_3d
+from jepa_fast.objectives.latent_prediction import LatentPredictionConfig
 from jepa_fast.objectives.video_prediction import VideoPrediction, VideoPredictionConfig, variance_loss
 from jepa_fast.optim import AdamWEMA, clip_scale, param_groups
 
@@ -31,7 +32,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> VideoPrediction:
         predictor=VideoPredictorConfig(embed_dim=args["model"]["pred_embed_dim"], depth=args["model"]["pred_depth"],
                                        num_heads=args["model"]["pred_num_heads"], num_mask_tokens=tokens),
         masking=MultiBlock3D(mode="unbiased"),  # masks come from the file
-        mask_token_by="clip" if is_rotary else "mask").build()
+        mask_token_by="clip" if is_rotary else "mask", num_clip_lengths=len(groups_of(name))).build()
     for role, module in modules(objective).items():
         module.load_state_dict(under(data, f"weights/{role}/backbone."))
     return objective.to(dtype)
@@ -208,3 +209,15 @@ def test_masks_of_a_batch():
     objective = build("vjepa2_model_a")
     batch = objective.prepare({"clips": torch.zeros(2, 3, 6, 20, 20)}, seed=1, step=2, first_sample=4)
     assert isinstance(batch["masks"][0], PackedMasks) and batch["masks"][0].num_contexts == 2
+
+
+@pytest.mark.parametrize("make", [LatentPredictionConfig, VideoPredictionConfig])
+def test_masks_are_where_the_batch_is(make):
+    """On the device "meta" here, as on a GPU there."""
+    with torch.device("meta"):
+        objective = make().build()
+        shape = (1, 3, 224, 224) if make is LatentPredictionConfig else (1, 3, 16, 224, 224)
+        batch = {"images": torch.empty(shape), "clips": torch.empty(shape)}
+    masks = objective.prepare(batch, seed=0, step=0, first_sample=0)["masks"]
+    masks = masks if isinstance(masks, PackedMasks) else masks[0]
+    assert masks.predictor_idx.is_meta and masks.context_cu_seqlens.is_meta

@@ -50,18 +50,22 @@ class Clips {
   Clips(const Settings3D& s, int64_t num_samples)
       : num_samples_(num_samples),
         num_tokens_(s.num_tokens()),
+        periods_(s.num_masks(), s.num_tokens()),
         kept_(s.num_masks() * num_samples),
-        is_target_(s.num_masks() * num_samples * num_tokens_) {}
+        is_target_(new uint8_t[s.num_masks() * num_samples * num_tokens_]) {}
 
   uint8_t* is_target(int64_t mask, int64_t sample) {
     return &is_target_[(mask * num_samples_ + sample) * num_tokens_];
   }
   Kept& kept(int64_t mask, int64_t sample) { return kept_[mask * num_samples_ + sample]; }
+  // After so many tokens is_target would repeat, and is not written.
+  int64_t& period(int64_t mask) { return periods_[mask]; }
 
  private:
   int64_t num_samples_, num_tokens_;
+  std::vector<int64_t> periods_;
   std::vector<Kept> kept_;
-  std::vector<uint8_t> is_target_;
+  std::unique_ptr<uint8_t[]> is_target_;
 };
 
 // Size of a block from three numbers in [0, 1); the full grid at most, and no rows or columns where it is very small.
@@ -75,6 +79,12 @@ inline Size3D block_size(const Settings3D& s, const BlockMask& mask, double u_ti
 // Time steps that a context may use, the first ones.
 inline int64_t context_duration(const Settings3D& s, const BlockMask& mask) {
   return std::max<int64_t>(static_cast<int64_t>(static_cast<double>(s.time) * mask.max_temporal_keep), 1);
+}
+
+// Whether all official blocks of a mask last the whole clip, so that its time steps are alike: the published case.
+inline bool is_tube(const Settings3D& s, const BlockMask& mask) {
+  return mask.temporal_scale[0] >= 1 && mask.max_temporal_keep >= 1 && !mask.full_complement &&
+         !mask.pred_full_complement;
 }
 
 // A clip before its blocks: only what no context may use is target.
@@ -130,6 +140,11 @@ inline void draw_official(const Settings3D& s, TorchGenerator& positions, uint64
                           int64_t num_samples, Clips& clips) {
   for (int64_t m = 0; m < s.num_masks(); ++m) {
     const BlockMask& mask = s.masks[m];
+    // of a tube, the first time step stands for all
+    const int64_t repeats = is_tube(s, mask) ? s.time : 1;
+    Settings3D drawn = s;
+    drawn.time = s.time / repeats;
+    clips.period(m) = drawn.num_tokens();
     TorchGenerator sizes(counter);
     // one after the other: the order of arguments is not the order of evaluation
     const double u_time = sizes.uniform(), u_space = sizes.uniform(), u_aspect = sizes.uniform();
@@ -142,15 +157,18 @@ inline void draw_official(const Settings3D& s, TorchGenerator& positions, uint64
           throw std::invalid_argument("masks[" + std::to_string(m) + "] never leaves a context: " +
                                       std::to_string(mask.num_blocks) + " blocks covered the grid " +
                                       std::to_string(kMaxDraws) + " times in a row; use fewer or smaller blocks");
-        clear(s, mask, is_target);
+        clear(drawn, mask, is_target);
         for (int64_t k = 0; k < mask.num_blocks; ++k) {
           Block3D block{0, 0, 0, size};
           block.top = positions.integer(s.rows - size.height + 1);
           block.left = positions.integer(s.columns - size.width + 1);
           block.start = positions.integer(s.time - size.duration + 1);
-          paint(s, block, is_target);
+          block.size.duration /= repeats;
+          paint(drawn, block, is_target);
         }
-      } while (!count(s, is_target, clips.kept(m, b)));
+      } while (!count(drawn, is_target, clips.kept(m, b)));
+      clips.kept(m, b).context *= repeats;
+      clips.kept(m, b).target *= repeats;
     }
     trim(s, m, first, num_samples, clips);
   }
@@ -213,11 +231,19 @@ inline Lists write_lists(const Settings3D& s, Clips& clips, int64_t first, int64
     for (int64_t b = 0; b < batch_size; ++b) {
       const uint8_t* is_target = clips.is_target(m, first + b);
       const uint8_t wanted = is_target_list != s.masks[m].inv_block;
-      int64_t* end = out + length(m, b);
+      const int64_t* begin = out;
+      const int64_t* end = out + length(m, b);
+      const int64_t period = clips.period(m);
       // without a branch: a token that is not wanted is written over by the next
-      for (int64_t token = 0; out < end; ++token) {
+      for (int64_t token = 0; token < period && out < end; ++token) {
         *out = token;
         out += is_target[token] == wanted;
+      }
+      const int64_t count = out - begin;
+      for (int64_t offset = period; out < end; offset += period) {
+        const int64_t rest = std::min<int64_t>(count, end - out);
+        for (int64_t i = 0; i < rest; ++i) out[i] = begin[i] + offset;
+        out += rest;
       }
     }
   return lists;

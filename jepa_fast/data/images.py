@@ -41,7 +41,7 @@ class ImageFolder:
             raise FileNotFoundError(f"no such folder: {printable(self.root)}; {expected}")
         if not os.path.isdir(self.root):
             raise ValueError(f"not a folder: {printable(self.root)}; {expected}")
-        found = find_images(self.root)
+        found = find_files(self.root, EXTENSIONS)
         if not found:
             raise ValueError(f"no images in {printable(self.root)}; {expected}")
         self.class_names = sorted({parts[0] for parts in found if len(parts) > 1})
@@ -71,9 +71,14 @@ class ImageFolder:
             with open(path, "rb") as file:
                 return Image.open(file).convert(_MODES[self.in_chans])
         except Exception as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _EXHAUSTED:
-                raise
-            raise BadFile(f"{printable(path)}: {_reason(error)}") from None
+            raise bad_file(path, error) from None
+
+
+def bad_file(path: str, error: Exception) -> Exception:
+    """What to raise for an error met while a file was read: BadFile, or the error itself where no file is to blame."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _EXHAUSTED:
+        return error
+    return BadFile(f"{printable(path)}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -90,8 +95,8 @@ def printable(path: str) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def find_images(root: str) -> list[tuple[str, ...]]:
-    """The path below `root` of every image, as its parts, sorted."""
+def find_files(root: str, extensions: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The path below `root` of every file with such a name, as its parts, sorted."""
     found, folders, links, visited = [], [()], [], set()
     while folders or links:
         if not folders:
@@ -112,7 +117,7 @@ def find_images(root: str) -> list[tuple[str, ...]]:
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append((*parts, entry.name))
                 # a broken link is listed, to be reported when it is read
-                elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_symlink() or entry.is_file()):
+                elif entry.name.lower().endswith(extensions) and (entry.is_symlink() or entry.is_file()):
                     found.append((*parts, entry.name))
     return sorted(found)
 

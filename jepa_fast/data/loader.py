@@ -4,9 +4,12 @@
      "labels": int64 [B] (-1: none),  "index": int64 [B] on the CPU: the image's place in the data set,
      "bad_files": messages for files first found unreadable in this batch,  "num_bad_files": so far}
 
-Each epoch is a permutation drawn from (seed, epoch), cut into whole batches of `global_batch_size`; the rest is
-dropped. Rank r gets the r-th of `world_size` equal slices of a batch. The views of an image depend on (seed, epoch,
-place in the data set, view) alone; those of a TensorAugment on (seed, step, row of the global batch).
+A data set of videos (see video.py) has "clips" [B, C, T, H, W] in place of "images".
+
+Each epoch is a permutation drawn from (seed, epoch), or what the data set's own `order` draws, cut into whole batches
+of `global_batch_size`; the rest is dropped. Rank r gets the r-th of `world_size` equal slices of a batch. The views of
+an image depend on (seed, epoch, place in the data set, view) alone, a clip on (seed, epoch, place) and how often the
+place came before in this epoch; the views of a TensorAugment on (seed, step, row of the global batch).
 
 An unreadable file is replaced by the next readable one, in the order of the data set, so that batches keep their size.
 Each rank judges the files that it has seen: see `BadFiles`.
@@ -20,19 +23,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .clip_transform import ClipTransform, EvalClipTransform, Region, pack, unpack
 from .pixels import normalise, to_uint8
 from .seeds import generator_for, mix_seed
 from .tensor_augment import TensorAugment
 from .transforms import Transform
 
 Batch = dict[str, Any]
+ClipTransforms = ClipTransform | EvalClipTransform
+AnyTransform = Transform | TensorAugment | ClipTransforms
 
 
 class BadFile(ValueError):
     """A file that cannot be read as what it should be; the message names it."""
 
 
-def load_batches(dataset, transform: Transform | TensorAugment, *, global_batch_size: int, seed: int = 0,
+def load_batches(dataset, transform: AnyTransform, *, global_batch_size: int, seed: int = 0,
                  start_step: int = 0, num_steps: int | None = None, rank: int = 0, world_size: int = 1,
                  num_workers: int = 0, device: torch.device | str = "cpu", is_normalised: bool = True,
                  max_bad_fraction: float = 0.01) -> Iterator[Batch]:
@@ -50,13 +56,13 @@ def load_batches(dataset, transform: Transform | TensorAugment, *, global_batch_
     if start_step < 0:
         raise ValueError(f"start_step must be at least 0, got {start_step}")
     B = global_batch_size // world_size
-    rows = _TrainingRows(len(dataset), seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
+    rows = _TrainingRows(dataset, seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
     finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
     loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
     return _finished(loader, finish, start_step, rank * B, global_batch_size)
 
 
-def load_in_order(dataset, transform: Transform | TensorAugment, *, batch_size: int, seed: int = 0,
+def load_in_order(dataset, transform: AnyTransform, *, batch_size: int, seed: int = 0,
                   num_workers: int = 0, device: torch.device | str = "cpu", is_normalised: bool = True,
                   max_bad_fraction: float = 0.01) -> Iterator[Batch]:
     """Every image once, in the order of the data set, the last batch shorter: for probes and pictures."""
@@ -74,7 +80,7 @@ def steps_per_epoch(dataset, global_batch_size: int) -> int:
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}")
     if len(dataset) < global_batch_size:
-        raise ValueError(f"the data set must hold at least one global batch: {len(dataset)} images < "
+        raise ValueError(f"the data set must hold at least one global batch: {len(dataset)} {_noun(dataset)} < "
                          f"global_batch_size = {global_batch_size}")
     return len(dataset) // global_batch_size
 
@@ -86,10 +92,10 @@ class BadFiles:
     all, if there are fewer) the fraction is taken of 1,000, so that chance early in a run does not decide.
     """
 
-    def __init__(self, num_files: int, max_fraction: float):
+    def __init__(self, num_files: int, max_fraction: float, noun: str = "images"):
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_fraction}")
-        self.max_fraction, self.num_seen = max_fraction, 0
+        self.max_fraction, self.noun, self.num_seen = max_fraction, noun, 0
         self.messages: dict[int, str] = {}
         self._is_seen = torch.zeros(num_files, dtype=torch.bool)
 
@@ -109,59 +115,88 @@ class BadFiles:
 
     def summary(self) -> str:
         first = "; ".join(list(self.messages.values())[:3])
-        return (f"{len(self.messages)} of {self.num_seen} files seen are not readable images, more than the allowed "
-                f"{self.max_fraction:.3g} of them; the first: {first}")
+        return (f"{len(self.messages)} of {self.num_seen} files seen are not readable {self.noun}, more than the "
+                f"allowed {self.max_fraction:.3g} of them; the first: {first}")
 
 
 class _TrainingRows:
-    """For each step the (epoch, index) of one rank's rows; a batch sampler for DataLoader."""
+    """For each step the (epoch, index) of one rank's rows; a batch sampler for DataLoader.
 
-    def __init__(self, num_images: int, seed: int, num_epoch_steps: int, global_batch_size: int, first: int, B: int,
+    Where an index comes again within an epoch: (epoch, index, how often it came before).
+    """
+
+    def __init__(self, dataset, seed: int, num_epoch_steps: int, global_batch_size: int, first: int, B: int,
                  start_step: int, num_steps: int | None):
-        self.num_images, self.seed, self.num_epoch_steps = num_images, seed, num_epoch_steps
+        self.dataset, self.seed, self.num_epoch_steps = dataset, seed, num_epoch_steps
         self.global_batch_size, self.first, self.B = global_batch_size, first, B
         self.start_step, self.num_steps = start_step, num_steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step, order_epoch, order = self.start_step, -1, None
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        step, order_epoch, order, repeats = self.start_step, -1, None, None
         while self.num_steps is None or step < self.num_steps:
             epoch, row = divmod(step, self.num_epoch_steps)
             if epoch != order_epoch:
-                order, order_epoch = torch.randperm(self.num_images, generator=generator_for(self.seed, epoch)), epoch
+                order, order_epoch = self._order(generator_for(self.seed, epoch)), epoch
+                repeats = _repeats(order) if getattr(self.dataset, "weights", ()) else torch.zeros_like(order)
             start = row * self.global_batch_size + self.first
-            yield [(epoch, index) for index in order[start:start + self.B].tolist()]
+            rows = slice(start, start + self.B)
+            yield [(epoch, index, repeat) if repeat else (epoch, index)
+                   for index, repeat in zip(order[rows].tolist(), repeats[rows].tolist(), strict=True)]
             step += 1
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        if hasattr(self.dataset, "order"):
+            return self.dataset.order(generator)
+        return torch.randperm(len(self.dataset), generator=generator)
+
+
+def _repeats(order: Tensor) -> Tensor:
+    """For each entry how many equal ones come before it."""
+    values, by_value = order.sort(stable=True)
+    is_first = torch.ones(len(order), dtype=torch.bool)
+    is_first[1:] = values[1:] != values[:-1]
+    places = torch.arange(len(order))
+    return torch.empty_like(order).scatter_(0, by_value, places - torch.where(is_first, places, 0).cummax(0).values)
+
+
+def _noun(dataset) -> str:
+    return "videos" if hasattr(dataset, "clip") else "images"
 
 
 class _Samples:
-    """(epoch, index) -> views of that image, or of the next readable one; what a worker process runs."""
+    """(epoch, index) -> views of that image or video, or of the next readable one; what a worker process runs."""
 
-    def __init__(self, dataset, transform: Transform | TensorAugment, seed: int, max_bad_fraction: float):
+    def __init__(self, dataset, transform: AnyTransform, seed: int, max_bad_fraction: float):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         # one search that meets more unreadable files than this has settled the matter
         self.max_bad = max(1, max_bad_fraction * len(dataset))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, int, int, list[tuple[int, str]]]:
-        epoch, index = key
-        bad = []
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[list[Tensor] | Region | None, int, int, list[tuple[int, str]]]:
+        index, bad = key[1], []
         for place in range(index, index + len(self.dataset)):
             place %= len(self.dataset)
             try:
-                image = self.dataset.image(place)
+                views = self._views(place, key)
             except BadFile as error:
                 bad.append((place, str(error)))
                 if len(bad) > self.max_bad:
                     break
                 continue
-            return self._views(image, epoch, index), int(self.dataset.labels[place]), place, bad
+            return views, int(self.dataset.labels[place]), place, bad
         return None, -1, index, bad
 
-    def _views(self, image, epoch: int, index: int) -> list[Tensor]:
+    def _views(self, place: int, key: tuple[int, ...]) -> list[Tensor] | Region:
+        if isinstance(self.transform, ClipTransforms):
+            generator = generator_for(self.seed, *key)
+            clip = self.dataset.clip(place, generator, num_clips=self.transform.num_clips,
+                                     allow_overlap=self.transform.allow_overlap)
+            return self.transform.cut(clip, generator)
+        image = self.dataset.image(place)
         if isinstance(self.transform, TensorAugment):
             return [to_uint8(image)]
         generator, views = torch.Generator(), []
         for view in range(self.transform.num_views):
-            generator.manual_seed(mix_seed(self.seed, epoch, index, view))
+            generator.manual_seed(mix_seed(self.seed, *key[:2], view))
             views.append(self.transform(image, generator, view))
         return views
 
@@ -172,6 +207,8 @@ def _collate(samples: list) -> Batch:
     batch = {"views": None, "labels": torch.tensor(labels), "index": torch.tensor(index), "bad": sum(bad, [])}
     if any(sample is None for sample in views):
         return batch
+    if isinstance(views[0], Region):
+        return batch | {"views": pack(views)}
     sizes = sorted({tuple(sample[0].shape) for sample in views})
     if len(sizes) > 1:
         return batch | {"error": f"the images of a batch must have one size, got {sizes[0]} and {sizes[-1]}: choose a "
@@ -199,8 +236,10 @@ class _Finish:
 
     def __init__(self, dataset, transform, seed: int, device, is_normalised: bool, max_bad_fraction: float):
         self.transform, self.seed, self.device = transform, seed, torch.device(device)
-        self.bad_files = BadFiles(len(dataset), max_bad_fraction)
+        self.bad_files = BadFiles(len(dataset), max_bad_fraction, _noun(dataset))
         self.is_normalised = is_normalised
+        if isinstance(transform, ClipTransforms) != hasattr(dataset, "clip"):
+            raise ValueError(f"{_noun(dataset)} need a transform of their own, got {type(transform).__name__}")
         for name in ("mean", "std"):
             if is_normalised and len(getattr(transform, name)) != dataset.in_chans:
                 raise ValueError(f"transform.{name} must have one number per channel, got {getattr(transform, name)} "
@@ -212,11 +251,20 @@ class _Finish:
         new = self.bad_files.add(batch["index"], batch["bad"])
         if batch["views"] is None:
             raise ValueError(batch.get("error") or self.bad_files.summary())
-        views = [view.to(self.device, non_blocking=True) for view in batch["views"]]
-        if isinstance(self.transform, TensorAugment):
-            views = self.transform(views[0], self.seed, step, first, total)
-        if self.is_normalised:
-            views = [normalise(view, self.mean, self.std) for view in views]
-        return {"images": views[0] if len(views) == 1 else views, "index": batch["index"],
+        is_video = isinstance(self.transform, ClipTransforms)
+        views = self._clips(batch["views"]) if is_video else self._images(batch["views"], step, first, total)
+        return {"clips" if is_video else "images": views[0] if len(views) == 1 else views, "index": batch["index"],
                 "labels": batch["labels"].to(self.device, non_blocking=True),
                 "bad_files": new, "num_bad_files": len(self.bad_files.messages)}
+
+    def _images(self, views: list[Tensor], step: int, first: int, total: int) -> list[Tensor]:
+        views = [view.to(self.device, non_blocking=True) for view in views]
+        if isinstance(self.transform, TensorAugment):
+            views = self.transform(views[0], self.seed, step, first, total)
+        return [normalise(view, self.mean, self.std) for view in views] if self.is_normalised else views
+
+    def _clips(self, packed: dict) -> list[Tensor]:
+        # in units of the pixel levels, as the official code does
+        mean, std = (255 * values[..., None] for values in (self.mean, self.std))
+        views = unpack(packed, self.transform, self.device)
+        return [view.sub_(mean).div_(std) if self.is_normalised else view.div_(255) for view in views]

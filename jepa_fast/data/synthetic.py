@@ -1,4 +1,4 @@
-"""Random images that need no file: for benches and tests."""
+"""Random images and clips that need no file: for benches and tests."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .clip_transform import ClipTransform, EvalClipTransform
 from .loader import Batch, load_batches
 from .seeds import generator_for
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, AsIs, Transform
@@ -50,6 +51,55 @@ class SyntheticData:
 
     def build(self) -> SyntheticImages:
         return SyntheticImages(self.num_images, self.image_size, self.in_chans, self.num_classes, self.seed)
+
+    def batches(self, dataset, **run) -> Iterator[Batch]:
+        """Training batches; `run` as `load_batches` takes it."""
+        return load_batches(dataset, self.transform, num_workers=self.num_workers, **run)
+
+
+class SyntheticVideos:
+    """`num_videos` clips of uniform noise, uint8 [in_chans, num_frames, image_size, image_size]; labels as above.
+
+    Clip i depends on (seed, i) and its shape alone, on every machine: all draws of a video give the same clip.
+    """
+
+    def __init__(self, num_videos: int = 1000, num_frames: int = 16, image_size: int = 224, in_chans: int = 3,
+                 num_classes: int = 10, seed: int = 0):
+        for name, value in (("num_videos", num_videos), ("num_frames", num_frames), ("image_size", image_size),
+                            ("in_chans", in_chans), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_videos, self.in_chans, self.seed = num_videos, in_chans, seed
+        self.shape = (in_chans, num_frames, image_size, image_size)
+        self.labels = torch.arange(num_videos) % num_classes
+        self.class_names = [str(label) for label in range(num_classes)]
+
+    def __len__(self) -> int:
+        return self.num_videos
+
+    def clip(self, index: int, generator: torch.Generator | None = None, *, num_clips: int = 1,
+             allow_overlap: bool = False) -> Tensor:
+        clip = torch.randint(0, 256, self.shape, dtype=torch.uint8, generator=generator_for(self.seed, index))
+        return clip.repeat(1, num_clips, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticVideoData:
+    """Noise clips; see SyntheticVideos. Transforms with the same image_size and resize_ratio = 1 leave them as they are."""
+
+    num_videos: int = 1000
+    num_frames: int = 16                                    # per clip
+    image_size: int = 224                                   # pixels
+    in_chans: int = 3
+    num_classes: int = 10
+    seed: int = 0
+    transform: EvalClipTransform | ClipTransform = EvalClipTransform(resize_ratio=1.0)
+    eval_transform: EvalClipTransform = EvalClipTransform(resize_ratio=1.0)
+    num_workers: int = 0                                    # loader processes per rank
+
+    def build(self) -> SyntheticVideos:
+        return SyntheticVideos(self.num_videos, self.num_frames, self.image_size, self.in_chans, self.num_classes,
+                               self.seed)
 
     def batches(self, dataset, **run) -> Iterator[Batch]:
         """Training batches; `run` as `load_batches` takes it."""

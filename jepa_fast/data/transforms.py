@@ -56,13 +56,13 @@ def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1 pixel, got {size}")
 
 
-def _check_ranges(highest: float, **ranges: tuple[float, float]) -> None:
+def check_ranges(highest: float, **ranges: tuple[float, float]) -> None:
     for name, (low, high) in ranges.items():
         if not 0 < low <= high <= highest:
             raise ValueError(f"{name} must be 0 < low <= high <= {highest}, got {(low, high)}")
@@ -100,9 +100,9 @@ class IjepaTransform:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self):
-        _check_sizes(image_size=self.image_size)
-        _check_ranges(1, crop_scale=self.crop_scale)
-        _check_ranges(math.inf, crop_ratio=self.crop_ratio)
+        check_sizes(image_size=self.image_size)
+        check_ranges(1, crop_scale=self.crop_scale)
+        check_ranges(math.inf, crop_ratio=self.crop_ratio)
 
     @property
     def num_views(self) -> int:
@@ -157,9 +157,9 @@ class MultiCrop:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self):
-        _check_sizes(global_size=self.global_size, local_size=self.local_size)
-        _check_ranges(1, global_scale=self.global_scale, local_scale=self.local_scale)
-        _check_ranges(math.inf, crop_ratio=self.crop_ratio, blur_sigma=self.blur_sigma)
+        check_sizes(global_size=self.global_size, local_size=self.local_size)
+        check_ranges(1, global_scale=self.global_scale, local_scale=self.local_scale)
+        check_ranges(math.inf, crop_ratio=self.crop_ratio, blur_sigma=self.blur_sigma)
         if self.num_views < 1:
             raise ValueError(f"num_global + num_local must be at least 1, got {self.num_global} + {self.num_local}")
         smallest = min(self.global_size, self.local_size)

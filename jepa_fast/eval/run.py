@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from .. import recipes
 from ..data import MnistData, TwoRoomsData, load_in_order
 from ..info import devices, versions
+from ..objectives.action_conditioned import ActionConditioned
 from ..train import checkpoint
 from .curves import learning_curves
 from .page import write_page
 from .pictures import features_scatter, pca_features
 from .probe_suite import evaluate_features
-from .table import Table
+from .rollouts import evaluate_rollouts
+from .table import Table, Tables
+from .video_run import evaluate_video, is_video
 
 MAX_TRAIN, MAX_TEST = 10_000, 2_000  # images; a probe of more tells little more
 PIXELS = 32                          # images are shrunk to this for the raw-pixel row
@@ -31,8 +34,11 @@ class Images:
     plain: Tensor
 
 
-def evaluate_run(folder: pathlib.Path) -> tuple[Table, pathlib.Path]:
-    """Probe the run in `folder`; returns the table and the page written there. Raises ValueError for unusable runs."""
+def evaluate_run(folder: pathlib.Path, *, probe_depth: int = 1) -> tuple[Table | Tables, pathlib.Path]:
+    """Probe the run in `folder`; returns the tables and the page written there. Raises ValueError for unusable runs.
+
+    `probe_depth` is that of the attentive probes of a video run: 1 as V-JEPA, 4 as V-JEPA 2.
+    """
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder} is not a run folder: no recipe.yaml in it")
     recipe = recipes.load(folder / "recipe.yaml")
@@ -43,16 +49,28 @@ def evaluate_run(folder: pathlib.Path) -> tuple[Table, pathlib.Path]:
     objective = recipe.objective.build()
     state = checkpoint.load(folder / "checkpoints" / "last.pt")
     checkpoint.load_into(objective, state["objective"], str(folder))
+    if isinstance(objective, ActionConditioned):
+        tables, pictures = evaluate_rollouts(folder, recipe, untrained, objective, state["step"])
+        return Tables(tables), write(folder, recipe, tables, pictures, state["step"])
+    if is_video(recipe.data):
+        tables, pictures = evaluate_video(folder, recipe, untrained, objective, state["step"], probe_depth)
+        return Tables(tables), write(folder, recipe, tables, pictures, state["step"])
     encoders = {"untrained encoder": untrained.evaluation_encoder(), "trained encoder": objective.evaluation_encoder()}
     train, test = splits(recipe)
     table = probe(encoders, train, test, f"{recipe.name} after {state['step']} steps: {len(train.labels)} images to "
                                          f"fit the probes, {len(test.labels)} to judge them")
-    pictures = draw(folder, encoders, test)
-    page = write_page(folder, f"{recipe.name} ({recipe.paper})", (folder / "recipe.yaml").read_text(), [table],
-                      pictures, versions=versions() | {"device": devices()[-1], "step": str(state["step"])})
-    (folder / "eval.json").write_text(json.dumps({"header": list(table.header), "rows": [list(r) for r in table.rows],
-                                                  "title": table.title}, indent=1) + "\n")
-    return table, page
+    return table, write(folder, recipe, [table], draw(folder, encoders, test), state["step"])
+
+
+def write(folder: pathlib.Path, recipe: "recipes.Recipe", tables: list[Table], pictures: list[tuple[str, str]],
+          step: int) -> pathlib.Path:
+    """The page, and eval.json: the first table, the others below "more"; the path of the page."""
+    page = write_page(folder, f"{recipe.name} ({recipe.paper})", (folder / "recipe.yaml").read_text(), tables,
+                      pictures, versions=versions() | {"device": devices()[-1], "step": str(step)})
+    first, *more = ({"header": list(table.header), "rows": [list(row) for row in table.rows], "title": table.title}
+                    for table in tables)
+    (folder / "eval.json").write_text(json.dumps(first | ({"more": more} if more else {}), indent=1) + "\n")
+    return page
 
 
 def probe(encoders: dict[str, nn.Module], train: Images, test: Images, title: str) -> Table:

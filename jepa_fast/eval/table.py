@@ -27,3 +27,10 @@ class Table:
                 for line in lines]
         rule = "-" * (sum(widths) + 2 * max(0, len(widths) - 1))
         return "\n".join([self.title, text[0], rule, *text[1:]])
+
+
+class Tables(tuple):
+    """Several tables; str(tables) has one below the other."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))

@@ -45,6 +45,13 @@ class Masks:
                    target_lengths=target_lengths, num_tokens=num_tokens, is_paired=is_paired)
 
     @classmethod
+    def unchecked(cls, **fields) -> Masks:
+        """Masks from all six fields as they are: for samplers, whose lists are right by construction."""
+        masks = object.__new__(cls)
+        masks.__dict__.update(fields)
+        return masks
+
+    @classmethod
     def from_grids(cls, contexts: Tensor, targets: Tensor) -> Masks:
         """Masks, on the same device, from bool [B, E, rows, columns] and [B, M, rows, columns]; reads sizes on the host."""
         context_idx, context_lengths = _from_grids("contexts", contexts)
@@ -82,6 +89,8 @@ class Masks:
         rows = _runs(torch.stack([context_starts, target_starts], dim=1).flatten(),
                      torch.stack([context_pieces, target_pieces], dim=1).flatten())
         sequence_lengths = context_pieces + target_pieces
+        context_prediction_idx = _runs(_starts(sequence_lengths), context_pieces)
+        context_target = rows.index_select(0, context_prediction_idx)
         prediction_idx = _runs(_starts(sequence_lengths) + context_pieces, target_pieces)
         prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
         is_uniform = int(target_lengths.min()) == int(target_lengths.max())
@@ -104,6 +113,8 @@ class Masks:
             prediction_cu_seqlens=_cu_seqlens(target_pieces),
             prediction_max_seqlen=int(target_lengths.max()),
             prediction_lengths=None if is_uniform else target_pieces,
+            context_prediction_idx=context_prediction_idx,
+            context_target_idx=context_rows.index_select(0, context_target),
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=rows.device),
             batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
 
@@ -137,11 +148,52 @@ class PackedMasks:
     prediction_cu_seqlens: Tensor   # [S + 1]: which predictions belong to which sequence
     prediction_max_seqlen: int
     prediction_lengths: Tensor | None   # [S]: predictions per sequence; None where all are equal
+    context_prediction_idx: Tensor  # [C]: the other rows of the predictor output, contexts, ordered (m, e, b, token)
+    context_target_idx: Tensor      # [C]: row of [B*N] each of them stands for
     full_cu_seqlens: Tensor         # [B + 1]: whole samples, for the target encoder
     batch_size: int                 # B
     num_tokens: int                 # N
     num_contexts: int               # E
     num_targets: int                # M
+
+    @classmethod
+    def join(cls, batches: list[PackedMasks]) -> PackedMasks:
+        """Batches on different grids, each packed with one mask token, as one: their rows and samples end to end.
+
+        Positions become rows of the batches' position tables end to end, and the mask token of batch g is number
+        P_c + g. B, N, the lengths and the numbers of lists are sums, or maxima, that say nothing of a single batch.
+        """
+        if len(batches) == 1:
+            return batches[0]
+        sizes = {"context": [len(m.context_idx) for m in batches], "tokens": [m.batch_size * m.num_tokens for m in batches],
+                 "predictor": [len(m.predictor_idx) for m in batches], "table": [m.num_tokens for m in batches],
+                 "prediction": [len(m.prediction_idx) for m in batches]}
+
+        def rows(name: str, kind: str) -> Tensor:
+            return torch.cat([getattr(m, name) + start for m, start in zip(batches, _before(sizes[kind]), strict=True)])
+
+        def ends(name: str, kind: str) -> Tensor:
+            parts = [getattr(m, name) + start for m, start in zip(batches, _before(sizes[kind]), strict=True)]
+            return torch.cat([parts[0], *(part[1:] for part in parts[1:])])
+
+        num_contexts, before = sum(sizes["context"]), _before(sizes["context"])
+        predictor_idx = [torch.where(m.predictor_idx < size, m.predictor_idx + start, num_contexts + g)
+                         for g, (m, size, start) in enumerate(zip(batches, sizes["context"], before, strict=True))]
+        return cls(
+            context_idx=rows("context_idx", "tokens"), context_cu_seqlens=ends("context_cu_seqlens", "context"),
+            context_max_seqlen=max(m.context_max_seqlen for m in batches), target_idx=rows("target_idx", "tokens"),
+            predictor_idx=torch.cat(predictor_idx), predictor_position=rows("predictor_position", "table"),
+            predictor_cu_seqlens=ends("predictor_cu_seqlens", "predictor"),
+            predictor_max_seqlen=max(m.predictor_max_seqlen for m in batches),
+            prediction_idx=rows("prediction_idx", "predictor"),
+            prediction_target_idx=rows("prediction_target_idx", "tokens"),
+            prediction_cu_seqlens=ends("prediction_cu_seqlens", "prediction"),
+            prediction_max_seqlen=max(m.prediction_max_seqlen for m in batches),
+            prediction_lengths=ends("prediction_cu_seqlens", "prediction").diff().long(),
+            context_prediction_idx=rows("context_prediction_idx", "predictor"),
+            context_target_idx=rows("context_target_idx", "tokens"), full_cu_seqlens=ends("full_cu_seqlens", "tokens"),
+            batch_size=sum(m.batch_size for m in batches), num_tokens=sum(sizes["table"]),
+            num_contexts=sum(m.num_contexts for m in batches), num_targets=sum(m.num_targets for m in batches))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedMasks:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -194,6 +246,10 @@ def _to_lists(name: str, idx: Tensor, lengths: Tensor) -> list[Tensor]:
                              f"got {int(row.min())} to {int(row.max())} tokens")
     parts = idx.split(lengths.sum(1).tolist())
     return [part.view(lengths.shape[1], -1) for part in parts]
+
+
+def _before(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def _starts(lengths: Tensor) -> Tensor:

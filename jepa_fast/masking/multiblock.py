@@ -194,5 +194,5 @@ def _compiled_settings(config: MultiBlock, grid: Grid):
 
 def _masks(arrays, grid: tuple[int, ...], *, is_paired: bool = False) -> Masks:
     context_idx, context_lengths, target_idx, target_lengths = map(torch.from_numpy, arrays)
-    return Masks(context_idx=context_idx, context_lengths=context_lengths, target_idx=target_idx,
-                 target_lengths=target_lengths, num_tokens=math.prod(grid), is_paired=is_paired)
+    return Masks.unchecked(context_idx=context_idx, context_lengths=context_lengths, target_idx=target_idx,
+                           target_lengths=target_lengths, num_tokens=math.prod(grid), is_paired=is_paired)

@@ -43,11 +43,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        return self._attend(x, sequences)[0]
+
+    def _attend(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """forward(x), and qkv [P, 3, H, d]."""
         P, D = x.shape
         qkv = self.qkv(x).view(P, 3, self.num_heads, D // self.num_heads)
         out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen, rotary=sequences.rotary,
                                    frame_size=sequences.frame_size)
-        return self.proj(out.view(P, D))
+        return self.proj(out.view(P, D)), qkv
 
     def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
         """Rows `rows` [Q] of forward(x): only they are queries; every row of x [P, D] is a key and a value."""
@@ -62,6 +66,27 @@ class Attention(nn.Module):
                                sequences.cu_seqlens, sequences.max_seqlen, rotary_k=rotary,
                                rotary_q=None if rotary is None else rotary[rows])
         return self.proj(out.view(-1, D))
+
+    def forward_and_keep(self, x: Tensor, sequences: Sequences, num_kept: int) -> tuple[Tensor, Tensor]:
+        """forward(x) of B sequences of one length; keys and values [B, num_kept, 2, H, d] of their first tokens."""
+        out, qkv = self._attend(x, sequences)
+        return out, qkv.unflatten(0, (-1, sequences.max_seqlen))[:, :num_kept, 1:]
+
+    def extend(self, x: Tensor, kept: Tensor | None, new: Sequences, whole: Sequences) -> tuple[Tensor, Tensor]:
+        """forward at the last rows x [B * Q, D] of B sequences of L + Q tokens, and their keys and values.
+
+        kept [B, L, 2, H, d] is of the rows before, or None, and returned as [B, L + Q, 2, H, d]; rotary positions are not
+        in it. `new` holds the rows of x, `whole` all. Exact where earlier rows do not see later ones: for whole frames.
+        """
+        Q, D = new.max_seqlen, x.shape[1]
+        qkv = self.qkv(x).view(-1, Q, 3, self.num_heads, D // self.num_heads)
+        kept = qkv[:, :, 1:] if kept is None else torch.cat([kept, qkv[:, :, 1:]], 1)
+        k, v = kept.flatten(0, 1).unbind(1)
+        # the tokens of one frame, the last, see everything
+        frame_size = 0 if Q <= whole.frame_size else whole.frame_size
+        out = varlen_attention(qkv[:, :, 0].flatten(0, 1), k, v, new.cu_seqlens, Q, whole.cu_seqlens, whole.max_seqlen,
+                               rotary_q=new.rotary, rotary_k=whole.rotary, frame_size=frame_size)
+        return self.proj(out.view(-1, D)), kept
 
 
 class Mlp(nn.Module):
@@ -98,6 +123,18 @@ class Block(nn.Module):
         attended = self.attn.of_rows(self.norm1(x), sequences, rows, row_sequences)
         x = gather_tokens(x, rows) + self._drop(attended, row_sequences)
         return x + self._drop(self.mlp(self.norm2(x)), row_sequences)
+
+    def forward_and_keep(self, x: Tensor, sequences: Sequences, num_kept: int) -> tuple[Tensor, Tensor]:
+        """forward(x), and the keys and values that `extend` needs of the first tokens of each sequence."""
+        attended, kept = self.attn.forward_and_keep(self.norm1(x), sequences, num_kept)
+        x = x + self._drop(attended, sequences)
+        return x + self._drop(self.mlp(self.norm2(x)), sequences), kept
+
+    def extend(self, x: Tensor, kept: Tensor | None, new: Sequences, whole: Sequences) -> tuple[Tensor, Tensor]:
+        """forward at rows x added to the end of sequences whose keys and values are kept; see `Attention.extend`."""
+        attended, kept = self.attn.extend(self.norm1(x), kept, new, whole)
+        x = x + self._drop(attended, new)
+        return x + self._drop(self.mlp(self.norm2(x)), new), kept
 
     def _drop(self, branch: Tensor, sequences: Sequences) -> Tensor:
         if not self.training or self.drop_path == 0.0:

@@ -44,7 +44,7 @@ class LatentPrediction(nn.Module):
         """Add the masks of this step: a function of (seed, step, number of the sample in the global batch)."""
         masks = self.config.masking.sample(self.config.encoder.grid, len(batch["images"]), seed=seed, step=step,
                                            first_sample=first_sample)
-        return batch | {"masks": masks.pack()}
+        return batch | {"masks": masks.pack().to(batch["images"].device, non_blocking=True)}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """{"images": [B, C, H, W], "masks": PackedMasks} -> {"loss": 0-dim, scalars and features to watch}."""

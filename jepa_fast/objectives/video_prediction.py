@@ -27,15 +27,21 @@ class VideoPredictionConfig:
     masking: MultiBlock3D = field(default_factory=MultiBlock3D)
     momentum: Linear | Constant = field(default_factory=lambda: Linear(start=0.998, final=1.0))  # of the target encoder
     mask_token_by: str = "mask"   # mask: kind i of mask has token i (V-JEPA); clip: clip length i has it (V-JEPA 2)
+    num_clip_lengths: int = 1     # lengths of clips in a batch; each counts alike in the loss
     reg_coeff: float = 0.0        # weight of the predictions' variance over the tokens of a clip; officially 0
 
     def __post_init__(self):
         if self.mask_token_by not in ("mask", "clip"):
             raise ValueError(f"mask_token_by must be mask or clip, got {self.mask_token_by!r}")
-        needed = len(self.masking.masks) if self.mask_token_by == "mask" else 1
-        if self.predictor.num_mask_tokens < needed:
-            raise ValueError(f"predictor.num_mask_tokens must be at least {needed}, one per kind of mask, "
+        if self.predictor.num_mask_tokens < self.num_mask_tokens:
+            what = "kind of mask" if self.mask_token_by == "mask" else "clip length"
+            raise ValueError(f"predictor.num_mask_tokens must be at least {self.num_mask_tokens}, one per {what}, "
                              f"got {self.predictor.num_mask_tokens}")
+
+    @property
+    def num_mask_tokens(self) -> int:
+        """Those that train."""
+        return len(self.masking.masks) if self.mask_token_by == "mask" else self.num_clip_lengths
 
     def build(self) -> "VideoPrediction":
         return VideoPrediction(self)
@@ -48,23 +54,31 @@ class VideoPrediction(nn.Module):
         self.config = config
         self.encoder: VideoTransformer = config.encoder.build()
         self.predictor = VideoPredictor(config.predictor, config.encoder)
+        for token in self.predictor.mask_tokens[config.num_mask_tokens:]:
+            token.requires_grad_(False)  # kept because the official checkpoints have them
         self.target_encoder = TargetEncoder(self.encoder)
 
     def prepare(self, batch: dict, *, seed: int, step: int, first_sample: int) -> dict:
         """Add the masks of this step: a function of (seed, step, number of the sample in the global batch)."""
-        masks = [self.config.masking.sample(self.encoder.patch_embed.grid(clips), len(clips), seed=seed, step=step,
-                                            first_sample=first_sample) for clips in as_list(batch["clips"])]
-        return batch | {"masks": [self.pack(m) for m in masks]}
+        packed = []
+        for clips in as_list(batch["clips"]):
+            masks = self.config.masking.sample(self.encoder.patch_embed.grid(clips), len(clips), seed=seed, step=step,
+                                               first_sample=first_sample)
+            packed.append(self.pack(masks).to(clips.device, non_blocking=True))
+        return batch | {"masks": packed}
 
     def pack(self, masks) -> PackedMasks:
         """Masks with row numbers that name the mask tokens of this model."""
         by_mask = self.config.mask_token_by == "mask"
-        return masks.pack(num_mask_tokens=self.config.predictor.num_mask_tokens if by_mask else 1)
+        return masks.pack(num_mask_tokens=self.config.num_mask_tokens if by_mask else 1)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """{"clips": [B, C, T, H, W], or a list with one such tensor per clip length, "masks": PackedMasks of each}
         -> {"loss": 0-dim, scalars and features to watch}."""
         groups = list(zip(as_list(batch["clips"]), as_list(batch["masks"]), strict=True))
+        if len(groups) != self.config.num_clip_lengths:
+            raise ValueError(f"clips must have num_clip_lengths = {self.config.num_clip_lengths} lengths, "
+                             f"got {len(groups)}")
         results = [self._group(clips, masks, number) for number, (clips, masks) in enumerate(groups)]
         out = {name: sum(result[name] for result in results) / len(results) for name in results[0] if name != "features"}
         return out | {"features": results[0]["features"]}
@@ -82,10 +96,8 @@ class VideoPrediction(nn.Module):
         """Predictions [Q, D], in the order kind of mask, sample, token; `group` is the number of the clip length."""
         context = self.encoder.context(clips, masks.context_idx,
                                        Sequences(masks.context_cu_seqlens, masks.context_max_seqlen))
-        tokens = slice(None)
-        if self.config.mask_token_by == "clip":
-            token = group % self.config.predictor.num_mask_tokens
-            tokens = slice(token, token + 1)
+        is_by_clip = self.config.mask_token_by == "clip"
+        tokens = slice(group, group + 1) if is_by_clip else slice(self.config.num_mask_tokens)
         return at_least_float32(self.predictor(context, masks, self.encoder.patch_embed.grid(clips), tokens))
 
     def targets(self, clips: Tensor) -> Tensor:

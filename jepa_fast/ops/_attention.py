@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import varlen_attention as reference
 from . import _attention_peers as peers
-from ._backends import Implementation, Missing, Slower, compiled, cuda, triton
+from ._backends import COMPILED_MISSING, Implementation, Missing, Slower, compiled, cuda, triton
 from ._torch_attention import empty_lse, whole_rows
 
 
@@ -63,13 +63,20 @@ def _rotated_backward(function):
                          into)
         for t, rotary in zip(grads, (rotary_q, rotary_k), strict=False):
             if rotary is not None:
-                t.copy_(reference.rotate_backward(t, rotary))
+                _turn(t, reference.transposed(rotary), into=t)
         return grads
     return backward
 
 
-def _turn(x: Tensor, rotary: Tensor | None) -> Tensor:
-    return x if rotary is None else reference.rotate(x, rotary)
+def _turn(x: Tensor, rotary: Tensor | None, into: Tensor | None = None) -> Tensor:
+    if rotary is None:
+        return x
+    if COMPILED_MISSING or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or rotary.dtype != torch.float32:
+        turned = reference.rotate(x, rotary)
+        return turned if into is None else into.copy_(turned)
+    into = x.new_empty(x.shape) if into is None else into
+    torch.ops.jepa_fast_C.rotate_heads(whole_rows(x), rotary.contiguous(), into)
+    return into
 
 
 def _qkv_forward(function):

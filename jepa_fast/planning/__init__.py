@@ -13,16 +13,19 @@ ICEM             smooth noise, elites stay         ICEM.stable_worldmodel()
 GradientPlanner  AdamW through the model           GradientPlanner.leworldmodel()
 CEMAC            V-JEPA 2-AC's, in 4 of 7 dims     CEMAC.vjepa2_ac()
 
+ACWorldModel(predictor).cost(frames, poses, goal) is the cost of V-JEPA 2-AC; CEMAC plans with it.
+
 Presets take changes: CEM.eb_jepa(horizon=40). `plan(mean=...)` starts from an earlier plan. Noise depends on (seed, step,
 number of the episode) alone, so episodes planned together, or some of them alone (`first_episode`), come out equal.
 Nothing inside an iteration waits for the device.
 """
 
 from ._common import Cost, Plan
+from .ac_world_model import ACWorldModel
 from .cem import CEM
 from .cem_ac import CEMAC
 from .gradient import GradientPlanner
 from .icem import ICEM
 from .mppi import MPPI
 
-__all__ = ["CEM", "CEMAC", "ICEM", "MPPI", "Cost", "GradientPlanner", "Plan"]
+__all__ = ["CEM", "CEMAC", "ICEM", "MPPI", "ACWorldModel", "Cost", "GradientPlanner", "Plan"]

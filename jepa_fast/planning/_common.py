@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,7 +211,12 @@ def check_limits(planner) -> None:
     if planner.max_norm is not None and not planner.max_norm > 0:
         raise ValueError(f"max_norm must be above 0, got {planner.max_norm}")
     low, high = planner.low, planner.high
-    if low is not None and high is not None and not bool((torch.tensor(low) <= torch.tensor(high)).all()):
+    if low is None or high is None:
+        return
+    sizes = {np.shape(bound) for bound in (low, high)} - {()}
+    if len({size[-1] for size in sizes}) > 1:
+        raise ValueError(f"low and high must have one number per action dimension, got {low} and {high}")
+    if not np.less_equal(low, high).all():
         raise ValueError(f"low must be at most high, got {low} and {high}")
 
 

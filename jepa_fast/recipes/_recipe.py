@@ -10,36 +10,57 @@ from typing import Literal
 import pydantic
 import yaml
 
-from ..data import ImageFolderData, MnistData, SyntheticData
-from ..data.two_rooms_data import TwoRoomsData
+from ..data import (
+    ImageFolderData,
+    MixedData,
+    MnistData,
+    MovingDigitsData,
+    SyntheticData,
+    SyntheticTrajectoryData,
+    SyntheticVideoData,
+    TrajectoryData,
+    TwoRoomsData,
+    VideoData,
+)
+from ..objectives.action_conditioned import ActionConditionedConfig
 from ..objectives.eb_jepa import EBJEPAConfig
 from ..objectives.latent_prediction import LatentPredictionConfig
 from ..objectives.lejepa import LeJEPAConfig
 from ..objectives.leworldmodel import LeWorldModelConfig
-from ..optim.schedules import Constant, Cosine, WarmupCosine
+from ..objectives.video_prediction import VideoPredictionConfig
+from ..objectives.video_prediction21 import HierarchicalVideoPredictionConfig
+from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosine
+
+Objective = (ActionConditionedConfig | EBJEPAConfig | HierarchicalVideoPredictionConfig | LatentPredictionConfig
+             | LeJEPAConfig | LeWorldModelConfig | VideoPredictionConfig)
+Data = (ImageFolderData | MixedData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData
+        | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with decoupled decay; biases and one-dimensional parameters do not decay unless told to."""
 
-    lr: WarmupCosine
+    lr: WarmupCosine | WarmupConstantLinear
     weight_decay: Cosine | Constant
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     decay_all: bool = False         # biases and one-dimensional parameters decay too
     clip_grad: float | None = None  # largest gradient norm, per role (encoder, predictor); None: no clipping
+    clip_from_epoch: float = 0.0    # no clipping before
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     batch_size: int                            # samples per step, over all ranks and micro-batches
     epochs: float
+    steps_per_epoch: int | None = None         # the official `ipe` of video recipes; None: whole batches in the data set
     schedule_scale: float = 1.0                # schedules run over this many times the epochs (official ipe_scale)
     accumulate: int = 1                        # micro-batches per step and rank
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters and optimizer state stay float32
     seed: int = 0
     max_steps: int | None = None               # stop early, schedules unchanged
+    start_from: str = ""                       # a run's checkpoint to begin with: weights and optimizer, not the step
     log_every: int = 10                        # steps
     checkpoint_every: float = 1.0              # epochs
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -52,8 +73,8 @@ class Recipe:
     name: str
     paper: str
     summary: str                               # one line, for `jepa-fast recipes`
-    objective: LatentPredictionConfig | LeJEPAConfig | EBJEPAConfig | LeWorldModelConfig
-    data: ImageFolderData | MnistData | SyntheticData | TwoRoomsData
+    objective: Objective
+    data: Data
     optim: OptimConfig
     train: TrainConfig
 
@@ -64,8 +85,6 @@ def save(recipe: Recipe, path: pathlib.Path) -> None:
 
 def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True)
-
-
 
 
 def merge(base: Recipe, values: dict, where: str = "recipe") -> Recipe:

@@ -80,7 +80,12 @@ def rotate(x: Tensor, rotary: Tensor | None) -> Tensor:
 
 def rotate_backward(grad: Tensor, rotary: Tensor | None) -> Tensor:
     """The transposed map."""
-    return rotate(grad, None if rotary is None else torch.stack([rotary[:, 0], _swap(rotary[:, 1])], 1))
+    return rotate(grad, None if rotary is None else transposed(rotary))
+
+
+def transposed(rotary: Tensor) -> Tensor:
+    """The table of the transposed map."""
+    return torch.stack([rotary[:, 0], _swap(rotary[:, 1])], 1)
 
 
 def _swap(x: Tensor) -> Tensor:

@@ -22,13 +22,16 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     """
     config, world = recipe.train, distributed.start(recipe.train.device)
     dataset = recipe.data.build()
-    horizon = Horizon(steps_per_epoch(dataset, config.batch_size), config.epochs, config.schedule_scale)
+    horizon = Horizon(config.steps_per_epoch or steps_per_epoch(dataset, config.batch_size), config.epochs,
+                      config.schedule_scale)
     batch_size = local_batch_size(recipe, world.size)
     torch.manual_seed(config.seed)
     objective = recipe.objective.build().to(world.device)
     optimizer = build_optimizer(recipe, objective)
     run = Run(folder, recipe, world)
     step = run.resume(objective, optimizer) if resume else 0
+    if config.start_from and not resume:
+        run.start_from(pathlib.Path(config.start_from), objective, optimizer)
     num_steps = min(num_steps_of(horizon), config.max_steps or num_steps_of(horizon))
     model = wrap(objective, world)
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
@@ -41,7 +44,8 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
             torch.manual_seed(config.seed + 1_000_003 * step + world.rank)
             losses = accumulate(model, objective, batch, recipe, step, world.rank * batch_size)
             run.check(step + 1, losses)
-            optimizer.step(grad_scale=clip(recipe, objective, losses))
+            is_clipped = step >= horizon.steps(recipe.optim.clip_from_epoch)
+            optimizer.step(grad_scale=clip(recipe, objective, losses) if is_clipped else None)
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if step % config.log_every == 0 or step == num_steps:
@@ -76,17 +80,18 @@ def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Reci
 
 
 def micro_batches(batch: dict, count: int) -> list[dict]:
-    """Cut a batch into `count` equal parts, keeping order: every tensor by its rows, and every tensor of a list."""
+    """Cut a batch into `count` equal parts, keeping order: every tensor by its own rows, and every tensor of a list."""
     if count == 1:
         return [batch]
-    size = len(batch["index"]) // count
 
-    def cut(value, rows: slice):
+    def cut(value, i: int):
         if isinstance(value, Tensor):
-            return value[rows]
-        return [cut(item, rows) for item in value] if isinstance(value, list) and _is_tensors(value) else value
+            if len(value) % count:
+                raise ValueError(f"a batch must have a multiple of train.accumulate = {count} rows, got {len(value)}")
+            return value.chunk(count)[i]
+        return [cut(item, i) for item in value] if isinstance(value, list) and _is_tensors(value) else value
 
-    return [{key: cut(value, slice(i * size, (i + 1) * size)) for key, value in batch.items()} for i in range(count)]
+    return [{key: cut(value, i) for key, value in batch.items()} for i in range(count)]
 
 
 def _is_tensors(values: list) -> bool:

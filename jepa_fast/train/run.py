@@ -106,8 +106,12 @@ class Run:
 
     def resume(self, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Put the last checkpoint back; the step it was taken after."""
-        state = checkpoint.load(self.checkpoint_path)
-        checkpoint.load_into(objective, state["objective"], str(self.checkpoint_path))
+        return self.start_from(self.checkpoint_path, objective, optimizer)
+
+    def start_from(self, path: pathlib.Path, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Take weights and optimizer state of any run's checkpoint; the step it was taken after."""
+        state = checkpoint.load(path)
+        checkpoint.load_into(objective, state["objective"], str(path))
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
 
