@@ -213,7 +213,7 @@ def test_a_dot_at_a_wall_is_jolted():
     environment.reset(0, 50)
     part.reset(0, torch.tensor([7]))
     towards = torch.tensor([[0.0, 2.4]])
-    for step in range(40):
+    for _ in range(40):
         before = environment.state
         environment.step(towards.expand(50, 2))
         part.step(towards)
