@@ -207,6 +207,29 @@ def test_episodes_are_their_numbers(rooms):
     assert not environment.success().any()
 
 
+def test_a_dot_at_a_wall_is_jolted():
+    """In evaluation no dot stays where it hit; a jolt is small, and the same for an episode in any set of them."""
+    environment, part = TwoRooms(DotRooms()), TwoRooms(DotRooms())
+    environment.reset(0, 50)
+    part.reset(0, torch.tensor([7]))
+    towards = torch.tensor([[0.0, 2.4]])
+    for _ in range(40):
+        before = environment.state
+        environment.step(towards.expand(50, 2))
+        part.step(towards)
+        assert torch.equal(environment.state[7], part.state[0])
+    steps = environment.state - before
+    jolts = steps[(steps - towards).abs().sum(1) > 1e-4]  # the others had room for the action
+    assert len(jolts) > 10 and (jolts.abs() < 2).all() and 0.2 < float(jolts[jolts.abs().sum(1) > 0].std()) < 0.6
+    assert (environment.state[:, 1] > 50).all() and (environment.state[:, 1] < 60).all()
+    environment.step(torch.zeros(50, 2))  # who does not move hits nothing
+    still = TwoRooms(DotRooms(jolt_sigma=0.0))
+    still.reset(0, 50)
+    for _ in range(40):
+        still.step(towards.expand(50, 2))
+    assert torch.equal(still.step(towards.expand(50, 2)), still.step(towards.expand(50, 2)))
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="num_frames must be from 2 to 91 for 90 steps, got 92"):
         TwoRoomsData(num_frames=92)

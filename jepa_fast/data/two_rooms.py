@@ -4,8 +4,8 @@
 `DiscRooms`: LeWorldModel's and stable-worldmodel's (224 x 224 RGB; the wall in the middle, actions in blocks of 5).
 
 Positions, steps and distances are in the pixels of the native size; `image_size` is only how finely it is drawn.
-Differs from the public code on purpose: a DotRooms step that would hit a wall is not made, as in its training data; its
-evaluation environment puts the dot at the wall and adds noise. No training sample starts outside the walls.
+A DotRooms step that would hit a wall is not made, in training data here and there; in evaluation the dot is then jolted
+instead, so that none gets stuck (the public environment puts it where it hits and adds noise of the same size).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .draws import Draws
 
-EPISODES = 1             # first key of the draws of evaluation episodes; training samples use another
+EPISODES, JOLTS = 1, 3   # first keys of the draws of evaluation episodes; training samples use another
 EXPERT_TOLERANCE = 10.5  # this near to the door's middle the expert turns to its goal
 
 
@@ -41,6 +41,7 @@ class DotRooms:
     success_distance: float = 4.5                    # to the goal, below which an episode is a success
     max_step: float = 2.45                           # largest length of an action
     max_steps: int = 200                             # environment steps of an episode
+    jolt_sigma: float = 0.5                          # of the step made in evaluation where a wall is hit; 0: none
 
     native_size, in_chans, action_dim, frame_skip = 65, 2, 2, 1
     low, high, wall_half, door_half = 4.0, 60.0, 1.0, 4.0   # borders; half the width of wall and door
@@ -116,6 +117,7 @@ class DiscRooms:
     native_size, in_chans = 224, 3
     border, wall_x, door_y, wall_half, door_half = 14.0, 112.0, 49.0, 5.0, 14.0
     radius, speed, door_margin, line_width = 7.0, 5.0, 1.75, 4.0
+    jolt_sigma = 0.0  # discs slide along walls
 
     def __post_init__(self):
         _check_size(self)
@@ -202,7 +204,8 @@ class TwoRooms:
         numbers = torch.arange(episodes) if isinstance(episodes, int) else episodes
         if numbers.dim() != 1 or numbers.dtype != torch.int64 or not len(numbers):
             raise ValueError(f"episodes must be a number above 0 or [E] int64, got {list(numbers.shape)} {numbers.dtype}")
-        draws = Draws(seed, numbers.to(device), EPISODES)
+        self.seed, self.numbers, self.num_steps = seed, numbers.to(device), 0
+        draws = Draws(seed, self.numbers, EPISODES)
         self.layout = self.rooms.draw_layout(draws)
         self.state, self.goal = self.rooms.draw_task(draws, self.layout)
         return self.state
@@ -211,8 +214,15 @@ class TwoRooms:
         """Move the episodes `rows` by actions [E, A], one action (block) each; the new state of all."""
         if actions.shape != (len(self.state[rows]), self.action_dim):
             raise ValueError(f"actions must be [{len(self.state[rows])}, {self.action_dim}], got {list(actions.shape)}")
+        before, layout = self.state[rows], self.layout[rows]
+        after = self.rooms.move(before, actions.float(), layout)
+        if self.rooms.jolt_sigma:
+            jolt = self.rooms.jolt_sigma * Draws(self.seed, self.numbers[rows], JOLTS, self.num_steps).normal(2)
+            is_hit = (after == before).all(-1, keepdim=True) & (actions != 0).any(-1, keepdim=True)
+            after = torch.where(is_hit, self.rooms.move(before, jolt, layout), after)
+        self.num_steps += 1
         self.state = self.state.clone()
-        self.state[rows] = self.rooms.move(self.state[rows], actions.float(), self.layout[rows])
+        self.state[rows] = after
         return self.state
 
     def render(self, rows: Tensor | slice = slice(None)) -> Tensor:

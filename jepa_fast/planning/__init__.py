@@ -7,6 +7,8 @@
     plan = CEM.eb_jepa().plan(cost, num_episodes=20, action_dim=2, seed=0, step=t, device="cuda")
     plan.actions, plan.cost           # [E, H, A] and what they cost [E]
 
+`world_models.GoalCost` is such a cost of a trained world model, `closed_loop.run_episodes` plans until goals are reached.
+
 CEM              cross-entropy method              CEM.eb_jepa(), CEM.leworldmodel()
 MPPI             weights by the cost               MPPI.eb_jepa(), MPPI.stable_worldmodel()
 ICEM             smooth noise, elites stay         ICEM.stable_worldmodel()

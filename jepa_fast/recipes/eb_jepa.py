@@ -1,7 +1,9 @@
 """EB-JEPA on Two-Rooms: the configuration of facebookresearch/eb_jepa to the last constant, and one for two CPU cores.
 
 Their encoder and their predictor are clipped by their own norms, here as there; the inverse dynamics and the probe,
-unclipped there, by theirs. `--objective.inverse-dynamics-weight 0` is their ablation in which planning fails.
+unclipped there, by theirs. `--objective.inverse-dynamics-weight 0` is their ablation in which planning fails: the walls,
+which differ from sample to sample and never move, can then be all that is encoded. The small recipe has one wall for all
+samples, and plans without inverse dynamics too.
 """
 
 from ..data.two_rooms import DotRooms
