@@ -29,10 +29,10 @@ def leworldmodel_two_rooms() -> Recipe:
 
 
 def leworldmodel_two_rooms_small() -> Recipe:
-    """The same rooms drawn at 48 x 48, a shallow ViT/8 of 96, larger steps: minutes on two cores."""
+    """The same rooms drawn at 48 x 48, a shallow ViT/8 of 96, a tenth of the steps or less, ten times as large."""
     return Recipe(
         name="leworldmodel_two_rooms_small", paper=PAPER,
-        summary="demo: LeWorldModel of 96 on Two-Rooms at 48, minutes on two cores",
+        summary="reduced: LeWorldModel of 96 on Two-Rooms at 48",
         objective=LeWorldModelConfig(
             encoder=VisionTransformerConfig(image_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3,
                                             positions="learned", class_token=True),
