@@ -16,7 +16,7 @@ from ._recipe import OptimConfig, Recipe, TrainConfig
 
 __all__ = ["eb_jepa_two_rooms", "eb_jepa_two_rooms_small"]
 
-PAPER = "arXiv:2502.14819"
+PAPER = "arXiv:2602.03604"
 
 
 def eb_jepa_two_rooms() -> Recipe:
