@@ -7,7 +7,7 @@ target blocks in the predictor) as one batch.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..masking import MultiBlock, PackedMasks
 from ..models.encoder import VisionTransformer, VisionTransformerConfig
@@ -16,6 +16,7 @@ from ..models.target_encoder import TargetEncoder
 from ..nn.block import Sequences, at_least_float32
 from ..ops import latent_loss
 from ..optim.schedules import Linear
+from ._target_prediction import TargetPrediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class LatentPredictionConfig:
         return LatentPrediction(self)
 
 
-class LatentPrediction(nn.Module):
+class LatentPrediction(TargetPrediction):
     def __init__(self, config: LatentPredictionConfig):
         super().__init__()
         config.masking.check_grid(config.encoder.grid)
@@ -67,18 +68,6 @@ class LatentPrediction(nn.Module):
     def targets(self, images: Tensor, masks: PackedMasks) -> Tensor:
         """The target encoder's tokens of the whole images, packed [B * N, D]."""
         return at_least_float32(self.target_encoder(images).flatten(0, 1))
-
-    def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Pairs (parameter, its moving average) for the optimizer to keep."""
-        return self.target_encoder.averages(self.encoder)
-
-    def roles(self) -> dict[str, nn.Module]:
-        """What trains, in the order of the official optimizer's groups."""
-        return {"encoder": self.encoder, "predictor": self.predictor}
-
-    def evaluation_encoder(self) -> nn.Module:
-        """The encoder whose features are judged: the target encoder, as in the paper."""
-        return self.target_encoder.encoder
 
 
 def sequence_weights(masks: PackedMasks, dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,7 @@ batch. The loss is the mean absolute difference, each kind of mask counting alik
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..masking import MultiBlock3D, PackedMasks
 from ..models.target_encoder import TargetEncoder
@@ -17,6 +17,7 @@ from ..models.video_predictor import VideoPredictor, VideoPredictorConfig
 from ..nn.block import Sequences, at_least_float32
 from ..ops import latent_loss
 from ..optim.schedules import Constant, Linear
+from ._target_prediction import TargetPrediction
 from .latent_prediction import sequence_weights
 
 
@@ -47,7 +48,7 @@ class VideoPredictionConfig:
         return VideoPrediction(self)
 
 
-class VideoPrediction(nn.Module):
+class VideoPrediction(TargetPrediction):
     def __init__(self, config: VideoPredictionConfig):
         super().__init__()
         config.masking.check_grid(config.encoder.grid)
@@ -103,18 +104,6 @@ class VideoPrediction(nn.Module):
     def targets(self, clips: Tensor) -> Tensor:
         """The target encoder's tokens of the whole clips, packed [B * N, D]."""
         return at_least_float32(self.target_encoder(clips).flatten(0, 1))
-
-    def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Pairs (parameter, its moving average) for the optimizer to keep."""
-        return self.target_encoder.averages(self.encoder)
-
-    def roles(self) -> dict[str, nn.Module]:
-        """What trains, in the order of the official optimizer's groups."""
-        return {"encoder": self.encoder, "predictor": self.predictor}
-
-    def evaluation_encoder(self) -> nn.Module:
-        """The encoder whose features are judged: the target encoder, as in the papers."""
-        return self.target_encoder.encoder
 
 
 def variance_loss(prediction: Tensor, masks: PackedMasks) -> Tensor:

@@ -10,7 +10,7 @@ All tokens of a batch go through the target encoder, the encoder and the predict
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..masking import BlockMask, Masks, MultiBlock3D, PackedMasks, nearest_target
 from ..models.target_encoder import TargetEncoder
@@ -19,6 +19,7 @@ from ..models.video_predictor21 import HierarchicalVideoPredictor, HierarchicalV
 from ..nn.block import Sequences, at_least_float32
 from ..ops import latent_loss
 from ..optim.schedules import Constant, Linear
+from ._target_prediction import TargetPrediction
 from .latent_prediction import sequence_weights
 from .video_prediction import as_list
 
@@ -72,7 +73,7 @@ class Group:
     is_image: bool
 
 
-class HierarchicalVideoPrediction(nn.Module):
+class HierarchicalVideoPrediction(TargetPrediction):
     def __init__(self, config: HierarchicalVideoPredictionConfig):
         super().__init__()
         config.masking.check_grid(config.encoder.grid)
@@ -184,18 +185,6 @@ class HierarchicalVideoPrediction(nn.Module):
             share = 1.0 if num_images else 0.0
         return sum((share / num_images if group.is_image else (1 - share) / num_clips) * result["loss"]
                    for group, result in zip(groups, results, strict=True))
-
-    def averages(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Pairs (parameter, its moving average) for the optimizer to keep."""
-        return self.target_encoder.averages(self.encoder)
-
-    def roles(self) -> dict[str, nn.Module]:
-        """What trains, in the order of the official optimizer's groups."""
-        return {"encoder": self.encoder, "predictor": self.predictor}
-
-    def evaluation_encoder(self) -> nn.Module:
-        """The encoder whose features are judged: the target encoder, as in the papers."""
-        return self.target_encoder.encoder
 
 
 def mean_over_levels(predictions: list[Tensor], targets: tuple[Tensor, ...], target_idx: Tensor,
