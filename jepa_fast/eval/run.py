@@ -43,7 +43,7 @@ def evaluate_run(folder: pathlib.Path, *, probe_depth: int = 1) -> tuple[Table |
         raise ValueError(f"{folder} is not a run folder: no recipe.yaml in it")
     recipe = recipes.load(folder / "recipe.yaml")
     if isinstance(recipe.data, TwoRoomsData):
-        raise ValueError(f"eval probes encoders of images, a world model is judged by: jepa-fast plan {folder}")
+        raise ValueError(f"eval probes encoders, a world model is judged by: jepa-fast plan {folder}")
     torch.manual_seed(recipe.train.seed)
     untrained = recipe.objective.build()
     objective = recipe.objective.build()

@@ -32,12 +32,7 @@ class VideoTransformerConfig:
     rescale_init: bool = False                           # V-JEPA 2: block l starts with outputs divided by sqrt(2 l)
 
     def __post_init__(self):
-        for name, unit_name in (("image_size", "patch_size"), ("num_frames", "tubelet_size")):
-            value, unit = getattr(self, name), getattr(self, unit_name)
-            if value < 1 or unit < 1 or value % unit:
-                raise ValueError(f"{name} must be a multiple of {unit_name}, got {value} and {unit}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
+        check_sizes(self)
 
     @property
     def grid(self) -> Grid:
@@ -86,7 +81,7 @@ class VideoTransformer(nn.Module):
         if self.config.positions == "sincos":
             table = self._table(grid)
             return self._run(x + table[context_idx % len(table)].to(x.dtype), sequences)
-        rotary = self._rotary(grid, x)
+        rotary = self._rotary(grid)
         return self._run(x, replace(sequences, rotary=rotary[context_idx % len(rotary)]))
 
     def features(self, clips: Tensor) -> Tensor:
@@ -104,7 +99,7 @@ class VideoTransformer(nn.Module):
             # added in x's dtype: a bfloat16 residual stream under autocast, as official
             x = x + self._table(grid).to(x.dtype)
         else:
-            rotary = self._rotary(grid, x).repeat(B, 1, 1)
+            rotary = self._rotary(grid).repeat(B, 1, 1)
         return self._run(x.flatten(0, 1), Sequences.uniform(B, N, x.device, rotary)).view(B, N, D)
 
     def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
@@ -119,10 +114,18 @@ class VideoTransformer(nn.Module):
         volume = self.pos_embed.view(1, *self.config.grid, -1).permute(0, 4, 1, 2, 3)
         return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False).flatten(2)[0].T
 
-    def _rotary(self, grid: Grid, x: Tensor) -> Tensor:
+    def _rotary(self, grid: Grid) -> Tensor:
         """[N, 2, R] of every token of the true grid; nothing is bound to the configured one."""
         return video_rotary(grid, self.config.embed_dim // self.config.num_heads, self.config.angle_dtype,
                             self.patch_embed.proj.weight)
+
+
+def check_sizes(config) -> None:
+    """ValueError where patches, tubelets or heads of a configuration do not come out even."""
+    for name, unit_name in (("image_size", "patch_size"), ("num_frames", "tubelet_size"), ("embed_dim", "num_heads")):
+        value, unit = getattr(config, name), getattr(config, unit_name)
+        if value < 1 or unit < 1 or value % unit:
+            raise ValueError(f"{name} must be a multiple of {unit_name}, got {value} and {unit}")
 
 
 def position_table(dim: int, config: VideoTransformerConfig) -> Tensor:

@@ -15,7 +15,7 @@ from ..nn.block import Block, Sequences
 from ..nn.init import init_vit_, rescale_blocks_
 from ..nn.rotary import axis_widths, grid_positions, rotary_table
 from ..tokenizers.video import TubeletEmbed
-from .video_encoder import Grid
+from .video_encoder import Grid, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,7 @@ class HierarchicalVideoTransformerConfig:
     angle_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: round angles as officially under autocast
 
     def __post_init__(self):
-        for name, unit_name in (("image_size", "patch_size"), ("num_frames", "tubelet_size")):
-            value, unit = getattr(self, name), getattr(self, unit_name)
-            if value < 1 or unit < 1 or value % unit:
-                raise ValueError(f"{name} must be a multiple of {unit_name}, got {value} and {unit}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
+        check_sizes(self)
         if list(self.levels) != sorted(set(self.levels)) or not self.levels or min(self.levels) < 0 \
                 or self.levels[-1] != self.depth - 1:
             raise ValueError(f"levels must be numbers of blocks in rising order, the last one depth - 1 = "

@@ -6,11 +6,12 @@ batch. The loss is the mean absolute difference, each kind of mask counting alik
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..masking import MultiBlock3D, PackedMasks
+from ..masking import Masks, MultiBlock3D, PackedMasks
 from ..models.target_encoder import TargetEncoder
 from ..models.video_encoder import VideoTransformer, VideoTransformerConfig
 from ..models.video_predictor import VideoPredictor, VideoPredictorConfig
@@ -27,7 +28,7 @@ class VideoPredictionConfig:
     predictor: VideoPredictorConfig = field(default_factory=VideoPredictorConfig)
     masking: MultiBlock3D = field(default_factory=MultiBlock3D)
     momentum: Linear | Constant = field(default_factory=lambda: Linear(start=0.998, final=1.0))  # of the target encoder
-    mask_token_by: str = "mask"   # mask: kind i of mask has token i (V-JEPA); clip: clip length i has it (V-JEPA 2)
+    mask_token_by: Literal["mask", "clip"] = "mask"  # whose number picks the mask token: V-JEPA's, V-JEPA 2's
     num_clip_lengths: int = 1     # lengths of clips in a batch; each counts alike in the loss
     reg_coeff: float = 0.0        # weight of the predictions' variance over the tokens of a clip; officially 0
 
@@ -68,7 +69,7 @@ class VideoPrediction(TargetPrediction):
             packed.append(self.pack(masks).to(clips.device, non_blocking=True))
         return batch | {"masks": packed}
 
-    def pack(self, masks) -> PackedMasks:
+    def pack(self, masks: Masks) -> PackedMasks:
         """Masks with row numbers that name the mask tokens of this model."""
         by_mask = self.config.mask_token_by == "mask"
         return masks.pack(num_mask_tokens=self.config.num_mask_tokens if by_mask else 1)
