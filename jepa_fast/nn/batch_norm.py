@@ -6,6 +6,8 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .block import at_least_float32
+
 
 class GlobalBatchNorm(_BatchNorm):
     """BatchNorm1d or 2d over the rows of all ranks (PyTorch's SyncBatchNorm needs a GPU).
@@ -24,7 +26,7 @@ class GlobalBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         dims = [0] if x.dim() == 2 else [0, 2, 3]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        values = x.float()
+        values = at_least_float32(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = dist_nn.all_reduce(values.sum(dims)) / count
         centred = values - mean.view(shape)

@@ -3,13 +3,12 @@
 import pathlib
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data import steps_per_epoch
 from ..optim import Horizon
 from ..recipes import Recipe
 from . import distributed
+from .parallel import parallelize
 from .run import Run
 from .step import TrainStep, build_optimizer
 
@@ -26,13 +25,14 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
                       config.schedule_scale)
     torch.manual_seed(config.seed)
     objective = recipe.objective.build().to(world.device)
+    model = parallelize(objective, recipe, world)
     optimizer = build_optimizer(recipe, objective)
     run = Run(folder, recipe, world)
     step = run.resume(objective, optimizer) if resume else 0
     if config.start_from and not resume:
         run.start_from(pathlib.Path(config.start_from), objective, optimizer)
     num_steps = min(num_steps_of(horizon), config.max_steps or num_steps_of(horizon))
-    take_step = TrainStep(recipe, objective, optimizer, horizon, world, wrap(objective, world))
+    take_step = TrainStep(recipe, objective, optimizer, horizon, world, model)
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
     run.start(step, num_steps)
     batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,
@@ -54,11 +54,3 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
 
 def num_steps_of(horizon: Horizon) -> int:
     return int(horizon.epochs * horizon.steps_per_epoch)
-
-
-def wrap(objective: nn.Module, world: distributed.World) -> nn.Module:
-    """DistributedDataParallel where there is more than one process."""
-    if world.size == 1:
-        return objective
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
