@@ -61,6 +61,7 @@ class TrainConfig:
     target_precision: Literal["same", "fp8"] = "same"  # of the target encoder's products; fp8 approximates (class E3)
     activations: Literal["lean", "all", "checkpoint"] = "lean"  # kept for the backward pass; all three give the same bits
     shard_ranks: int = 1                       # ranks that hold one copy of the weights: 1 DDP, -1 all (FSDP2), else HSDP
+    timeout_s: float = 600.0                   # a collective that takes longer ends the run: a rank hangs
     cuda_graphs: bool = False                  # replay whole steps: for small models; needs pad_tokens_to
     pad_tokens_to: int = 0                     # packed tokens come in multiples of this, so shapes repeat; 0: no padding
     seed: int = 0

@@ -19,7 +19,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     Everything random is a function of (seed, step, rank). Raises ValueError for settings that do not fit, NotFinite
     where a loss term stops being a number.
     """
-    config, world = recipe.train, distributed.start(recipe.train.device)
+    config, world = recipe.train, distributed.start(recipe.train.device, recipe.train.timeout_s)
     dataset = recipe.data.build()
     horizon = Horizon(config.steps_per_epoch or steps_per_epoch(dataset, config.batch_size), config.epochs,
                       config.schedule_scale)
@@ -47,6 +47,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
             run.tick(step)
             if step % save_every == 0 or step == num_steps:
                 run.save(step, objective, optimizer)
+        run.finish()
     finally:
         run.close()
     return run

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from .. import recipes
 from ..eval.collapse import collapse_monitors, feature_moments, monitors_of_moments
 from . import checkpoint
-from .distributed import World
+from .distributed import World, barrier
+from .saver import Saver
 
 
 class NotFinite(RuntimeError):
@@ -27,7 +28,8 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, recipe: "recipes.Recipe", world: World):
         self.folder, self.recipe, self.world = folder, recipe, world
-        self.checkpoint_path = folder / "checkpoints" / "last.pt"
+        self.saver = Saver(folder / "checkpoints", world)
+        self.checkpoint_path = self.saver.path
         self.metrics_path = folder / "metrics.csv"
         self._columns: list[str] | None = None
         self._writers: list = []
@@ -71,6 +73,7 @@ class Run:
                 self._stop(min(steps), self._terms[steps.index(min(steps))])
 
     def _stop(self, step: int, term: str) -> None:
+        self.saver.wait()
         last = f"the last good checkpoint is {self.checkpoint_path}" if self.checkpoint_path.exists() \
             else "there is no checkpoint yet"
         raise NotFinite(f"{term} is not finite at step {step}; {last}")
@@ -98,11 +101,9 @@ class Run:
             self._bar.update(step - self._bar.n)
 
     def save(self, step: int, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint in the background. Every rank calls it."""
         self._read_bad()
-        if self.world.is_main:
-            state = {"step": step, "recipe": recipes.to_yaml(self.recipe), "objective": objective.state_dict(),
-                     "optimizer": optimizer.state_dict()}
-            checkpoint.save(self.checkpoint_path, state)
+        self.saver.save(step, recipes.to_yaml(self.recipe), objective, optimizer)
 
     def resume(self, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Put the last checkpoint back; the step it was taken after."""
@@ -110,10 +111,12 @@ class Run:
 
     def start_from(self, path: pathlib.Path, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Take weights and optimizer state of any run's checkpoint; the step it was taken after."""
-        state = checkpoint.load(path)
-        checkpoint.load_into(objective, state["objective"], str(path))
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
+        return checkpoint.restore(path, objective, optimizer)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk."""
+        self.saver.wait()
+        barrier(self.world)
 
     def close(self) -> None:
         if self._bar is not None:
