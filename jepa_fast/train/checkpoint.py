@@ -90,7 +90,7 @@ def restore(path: pathlib.Path, objective: nn.Module, optimizer: torch.optim.Opt
     state = load(path)
     load_into(objective, state["objective"], str(path))
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {index: {key: value if value.dim() == 0 or index >= len(params) else cut(value, params[index])
+    moments = {index: {key: value if value.dim() == 0 or index >= len(params) else cut(value, params[index]).clone()
                        for key, value in values.items()} for index, values in state["optimizer"]["state"].items()}
     optimizer.load_state_dict(state["optimizer"] | {"state": moments})
     return state["step"]

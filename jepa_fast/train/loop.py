@@ -9,6 +9,7 @@ from ..optim import Horizon
 from ..recipes import Recipe
 from . import distributed
 from .parallel import parallelize
+from .preemption import Preempted, Preemption
 from .run import Run
 from .step import TrainStep, build_optimizer
 
@@ -17,7 +18,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     """Run a recipe in a folder; with `resume` from its last checkpoint, bit-equal to a run that was never stopped.
 
     Everything random is a function of (seed, step, rank). Raises ValueError for settings that do not fit, NotFinite
-    where a loss term stops being a number.
+    where a loss term stops being a number, Preempted where a scheduler wants the machine.
     """
     config, world = recipe.train, distributed.start(recipe.train.device, recipe.train.timeout_s)
     dataset = recipe.data.build()
@@ -38,15 +39,21 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,
                                   num_steps=num_steps, rank=world.rank, world_size=world.size, device=world.device)
     try:
-        for batch in batches:
-            losses, settings = take_step(batch, step)
-            step += 1
-            run.check(step, losses)
-            if step % config.log_every == 0 or step == num_steps:
-                run.log(step, step / horizon.steps_per_epoch, losses, settings)
-            run.tick(step)
-            if step % save_every == 0 or step == num_steps:
-                run.save(step, objective, optimizer)
+        with Preemption(world) as preemption:
+            for batch in batches:
+                losses, settings = take_step(batch, step)
+                step += 1
+                run.check(step, losses)
+                if step % config.log_every == 0 or step == num_steps:
+                    run.log(step, step / horizon.steps_per_epoch, losses, settings)
+                run.tick(step)
+                if step % save_every == 0 or step == num_steps:
+                    run.save(step, objective, optimizer)
+                if preemption.requested() and step < num_steps:
+                    run.save(step, objective, optimizer)
+                    run.finish()
+                    raise Preempted(f"stopped by a signal after step {step}, saved in {run.checkpoint_path}; go on with: "
+                                    f"{run.how_to_resume()}")
         run.finish()
     finally:
         run.close()

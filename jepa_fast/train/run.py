@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import recipes
 from ..eval.collapse import collapse_monitors, feature_moments, monitors_of_moments
 from . import checkpoint
-from .distributed import World, barrier
+from .distributed import World, advise, barrier
 from .saver import Saver
 
 
@@ -39,6 +39,7 @@ class Run:
         """Open the folder at `step`; rows of a previous, longer life are cut off so that each step stands once."""
         self._since, self._since_step = time.perf_counter(), step
         self._first_bad: Tensor | None = None
+        advise(f"; go on with: {self.how_to_resume()}")
         if not self.world.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,9 @@ class Run:
     def start_from(self, path: pathlib.Path, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Take weights and optimizer state of any run's checkpoint; the step it was taken after."""
         return checkpoint.restore(path, objective, optimizer)
+
+    def how_to_resume(self) -> str:
+        return f"jepa-fast train --run-dir {self.folder} --resume"
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk."""
