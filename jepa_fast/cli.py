@@ -99,8 +99,10 @@ def train(argv: list[str]) -> None:
                                else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
     if not arguments.resume and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
-    say_if_plain()
+    is_first = os.environ.get("RANK", "0") == "0"
+    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr) if is_first else None
+    if is_first:
+        say_if_plain()
     run = run_training(recipe, folder, resume=arguments.resume)
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])

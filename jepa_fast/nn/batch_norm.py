@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops._distributed import sum_over_ranks
 from .block import at_least_float32
 
 
@@ -28,9 +28,9 @@ class GlobalBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (x.dim() - 2)
         values = at_least_float32(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = dist_nn.all_reduce(values.sum(dims)) / count
+        mean = sum_over_ranks(values.sum(dims), dist.group.WORLD, upstream_sync=True) / count
         centred = values - mean.view(shape)
-        variance = dist_nn.all_reduce(centred.square().sum(dims)) / count
+        variance = sum_over_ranks(centred.square().sum(dims), dist.group.WORLD, upstream_sync=True) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

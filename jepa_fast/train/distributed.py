@@ -61,6 +61,14 @@ def stop(failed: bool = False) -> None:
         dist.destroy_process_group()
 
 
+def same(value: object, world: World) -> object:
+    """The first rank's value, on every rank."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def advise(text: str) -> None:
     """What to say after the message that a rank died: how to go on."""
     if _peers is not None:

@@ -28,7 +28,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     objective = recipe.objective.build().to(world.device)
     model = parallelize(objective, recipe, world)
     optimizer = build_optimizer(recipe, objective)
-    run = Run(folder, recipe, world)
+    run = Run(distributed.same(folder, world), recipe, world)  # ranks may have looked for a free name one after another
     step = run.resume(objective, optimizer) if resume else 0
     if config.start_from and not resume:
         run.start_from(pathlib.Path(config.start_from), objective, optimizer)

@@ -58,9 +58,10 @@ class Saver:
             for future in (pending, published):
                 if future is not None:
                     future.result()
-        except checkpoint.CheckpointError:
+        except (checkpoint.CheckpointError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        # torch.distributed.checkpoint raises a BaseException
+        except BaseException as error:
             kept = f"; the previous checkpoint {self.path} is unchanged" if self.path.exists() else ""
             reason = " ".join(str(cause_of(error)).split())
             raise checkpoint.CheckpointError(f"cannot save step {self._step} to {self.path.parent}: {reason}{kept}") from error
@@ -87,7 +88,7 @@ class Saver:
         return self._stager
 
 
-def cause_of(error: Exception) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """The first error of the first rank that had one, out of what torch.distributed.checkpoint wraps around it."""
     failures = getattr(error, "failures", None)
     return cause_of(next(iter(failures.values()))[0]) if failures else error
