@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(ImportError):
             from .train import distributed
 
-            distributed.stop(failed=sys.exc_info()[0] is not None)
+            if sys.exc_info()[0] is None:
+                distributed.stop()
 
 
 def tell(error: Exception) -> int:
@@ -84,7 +85,8 @@ def tell(error: Exception) -> int:
     if rank == 0 or code == 1:
         where = f"rank {rank}: " if rank else ""
         print(f"jepa-fast: {'error: ' if code == 1 else ''}{where}{message}", file=sys.stderr, flush=True)
-    distributed.stop(failed=code == 1)
+    if code == 1:
+        distributed.give_up()
     return code
 
 

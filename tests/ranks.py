@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 
 CONTEXT = multiprocessing.get_context("forkserver")
+STARTED: list = []
 CONTEXT.set_forkserver_preload(["ranks", "jepa_fast.cli", "jepa_fast.train.loop", "torch.distributed.tensor"])
 
 
@@ -20,7 +21,15 @@ def start(function: Callable, num_ranks: int, *arguments, folder: pathlib.Path) 
                  for rank in range(num_ranks)]
     for process in processes:
         process.start()
+    STARTED.extend(processes)
     return processes
+
+
+def kill_all() -> None:
+    """What tests that failed have left."""
+    for process in STARTED:
+        process.kill()
+    STARTED.clear()
 
 
 def run(function: Callable, num_ranks: int, *arguments, folder: pathlib.Path, timeout_s: float = 120) -> list[str]:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -51,14 +52,23 @@ def start(device: str, timeout_s: float = 600.0) -> World:
     return World(dist.get_rank(), dist.get_world_size(), where)
 
 
-def stop(failed: bool = False) -> None:
-    """Leave the others; where this rank has failed and said why, they end too."""
+def stop() -> None:
+    """Leave the others in good order."""
     global _peers
     if _peers is not None:
-        _peers.leave(failed)
+        _peers.leave()
         _peers = None
-    if dist.is_initialized() and not failed:
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def give_up() -> None:
+    """After an error that was told: end the other ranks, and this process, whose threads may wait for ranks that are gone."""
+    if _peers is not None:
+        _peers.leave(failed=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def same(value: object, world: World) -> object:

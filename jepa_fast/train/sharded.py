@@ -12,6 +12,7 @@ import io
 import json
 import pathlib
 import pickle
+import warnings
 from concurrent.futures import Future
 from typing import Any
 
@@ -136,7 +137,9 @@ def _read(folder: pathlib.Path, reader: Any, tensors: State) -> None:
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1]
         raise CheckpointError(f"{folder} is not a readable checkpoint: {reason}") from error
