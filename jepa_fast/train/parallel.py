@@ -1,9 +1,9 @@
 """One objective on many ranks: DistributedDataParallel, FSDP2, or HSDP between them. The global batch's step, exactly.
 
-    shard_ranks   who holds the weights, their averages and the optimizer state      communication of a step
-    1             every rank (DDP)                                                   one all-reduce, during the backward pass
-    -1            all ranks together (FSDP2)                                         all-gathers and reduce-scatters, per block
-    S             groups of S ranks together, W / S groups (HSDP)                    the same within a group, all-reduce across
+    shard_ranks   who holds weights, averages and optimizer state    what a step sends
+    1             every rank (DDP)                                   an all-reduce of gradients, during the backward pass
+    -1            all ranks together (FSDP2)                         per block: all-gathers, and a reduce-scatter of gradients
+    S             every S ranks together (HSDP)                      the same among the S, and an all-reduce across
 
 What a target encoder averages is cut as its source is, so that optimizer and moving average never communicate.
 """
