@@ -97,10 +97,11 @@ def train(argv: list[str]) -> None:
     from .train.loop import train as run_training
 
     recipe, folder = recipe_and_folder(arguments, rest)
-    is_first = os.environ.get("RANK", "0") == "0"
-    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr) if is_first else None
-    if is_first:
+    if is_first_rank():
+        warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
         say_if_plain()
+    else:
+        warnings.simplefilter("ignore")
     run = run_training(recipe, folder, resume=arguments.resume)
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])
@@ -127,7 +128,7 @@ def recipe_and_folder(arguments: TrainArguments, rest: list[str]) -> tuple:
     """The recipe with its changes, and where to run it."""
     recipe = chosen_recipe(arguments)
     recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast train {recipe.name}", default=recipe,
-                      args=rest, description=recipe.summary)
+                      args=rest, description=recipe.summary, console_outputs=is_first_rank())
     folder = arguments.run or (arguments.source.parent if arguments.source and arguments.resume
                                else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
     if not arguments.resume and (folder / "checkpoints" / "last.pt").exists():
@@ -302,6 +303,11 @@ def count_parameters(recipe) -> int:
     with torch.device("meta"):
         objective = recipe.objective.build()
     return sum(p.numel() for p in objective.parameters() if p.requires_grad)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say_if_plain() -> None:

@@ -2,7 +2,7 @@
 
     shard_ranks   who holds weights, averages and optimizer state    what a step sends
     1             every rank (DDP)                                   an all-reduce of gradients, during the backward pass
-    -1            all ranks together (FSDP2)                         per block: all-gathers, and a reduce-scatter of gradients
+    -1            all ranks together (FSDP2)                         per block: all-gathers, one reduce-scatter of gradients
     S             every S ranks together (HSDP)                      the same among the S, and an all-reduce across
 
 What a target encoder averages is cut as its source is, so that optimizer and moving average never communicate.
