@@ -187,5 +187,5 @@ def test_to_moves_every_tensor():
     moved = packed.to("meta", non_blocking=True)
     assert isinstance(moved, PackedMasks) and moved.predictor_max_seqlen == packed.predictor_max_seqlen
     tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 12 and all(value.device.type == "meta" for value in tensors.values())
+    assert len(tensors) == 15 and all(value.device.type == "meta" for value in tensors.values())
     assert torch.equal(packed.to("cpu").predictor_idx, packed.predictor_idx)

@@ -32,8 +32,8 @@ class TargetEncoder(nn.Module):
                                  Sequences(masks.target_rows_cu_seqlens, masks.target_rows_max_seqlen))
 
     def quantize_(self) -> None:
-        """Compute the products of the blocks in float8 from now on; see nn/fp8.py for what that means and needs."""
-        fp8.quantize_target_(self.encoder)
+        """Compute the products of all blocks but the last in float8 from now on; see nn/fp8.py for what it needs."""
+        fp8.quantize_(self.encoder)
 
     def refresh_(self) -> None:
         """Quantise the weights anew: after every step of the average, where `quantize_` was called."""

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from .distributed import World
+from .options import apply_options
 
 
 class TrainStep:
@@ -22,6 +23,7 @@ class TrainStep:
         self.recipe, self.objective, self.optimizer, self.horizon, self.world = recipe, objective, optimizer, horizon, world
         self.model = objective if model is None else model
         self.first_sample = world.rank * local_batch_size(recipe, world.size)
+        apply_options(recipe, objective, optimizer, world)
 
     def __call__(self, batch: dict, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Step number `step` (from 0) on one rank's batch: losses and what else to watch, and the schedules' values."""
