@@ -41,8 +41,9 @@ def test_quantised_rows_are_e4m3_of_rows_scaled_to_448():
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_product_is_that_of_the_quantised_numbers(dtype, limit):
     g = torch.Generator().manual_seed(1)
-    x, weight, bias = torch.randn(7, 48, generator=g).to(dtype), torch.randn(32, 48, generator=g), torch.randn(32, generator=g)
-    wide = [(data.double() * scale.double().unsqueeze(1)) for data, scale in (fp8.quantize_rows(x), fp8.quantize_rows(weight))]
+    x = torch.randn(7, 48, generator=g).to(dtype)
+    weight, bias = torch.randn(32, 48, generator=g), torch.randn(32, generator=g)
+    wide = [data.double() * scale.double().unsqueeze(1) for data, scale in map(fp8.quantize_rows, (x, weight))]
     expected = wide[0] @ wide[1].T + bias.double()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = fp8.Float8Weight.of(weight).linear(x, bias)

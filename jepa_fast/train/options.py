@@ -26,7 +26,8 @@ def apply_options(recipe: Recipe, objective: nn.Module, optimizer: AdamWEMA, wor
             raise ValueError(f"train.target_precision fp8 is for objectives with a target encoder, "
                              f"got {type(objective).__name__}")
         if config.shard_ranks != 1:
-            raise ValueError(f"train.target_precision fp8 needs whole weights, train.shard_ranks 1, got {config.shard_ranks}")
+            raise ValueError("train.target_precision fp8 needs whole weights, train.shard_ranks 1, "
+                             f"got {config.shard_ranks}")
         target_encoder.quantize_()
         optimizer.register_step_post_hook(lambda *_: target_encoder.refresh_())
 
