@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..nn.block import set_activations_, use_copies_
+from ..nn.block import configure_blocks_, use_copies_
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from .distributed import World
@@ -25,7 +25,7 @@ class TrainStep:
         self.recipe, self.objective, self.optimizer, self.horizon, self.world = recipe, objective, optimizer, horizon, world
         self.model = objective if model is None else model
         self.first_sample = world.rank * local_batch_size(recipe, world.size)
-        set_activations_(objective, recipe.train.activations)
+        configure_blocks_(objective, recipe.train.activations, recipe.train.blocks, architecture(world.device))
         if recipe.train.precision == "bf16":
             keep_copies_(objective, optimizer)
         if world.device.type == "cpu":
@@ -42,6 +42,11 @@ class TrainStep:
         self.optimizer.step(grad_scale=clip(recipe, self.objective, losses) if is_clipped else None)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, settings
+
+
+def architecture(device: torch.device) -> str:
+    """The device as tables of measurements name it: "sm_90" and the like, or "cpu"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
 
 
 def keep_copies_(objective: nn.Module, optimizer: AdamWEMA) -> None:
