@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import bias_gelu, gather_tokens, varlen_attention, varlen_attention_qkv
 from .block_compiled import Fusion, compiled_block, fastest
 from .block_function import Activations, BlockWeights, How, block
+from .fp8 import Float8Weight
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Block(nn.Module):
     activations: Activations = "all"
     fusion: Fusion = "ops"
     copies: dict[nn.Parameter, Tensor] | None = None  # of weights in a narrower dtype, kept up to date by the optimizer
+    float8: dict[nn.Parameter, Float8Weight] | None = None  # of weights where nothing trains, see fp8
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -136,7 +138,9 @@ class Block(nn.Module):
 
     def _in(self, dtype: torch.dtype, weights: BlockWeights) -> BlockWeights:
         """The weights of products in the dtype that these compute in: the optimizer's copies, or made here."""
-        def narrowed(weight: Tensor) -> Tensor:
+        def narrowed(weight: Tensor) -> Tensor | Float8Weight:
+            if self.float8 is not None and weight in self.float8:
+                return self.float8[weight]
             if weight.dtype == dtype:
                 return weight
             copy = None if self.copies is None else self.copies.get(weight)

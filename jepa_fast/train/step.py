@@ -11,6 +11,7 @@ from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from .distributed import World
 from .host_memory import keep_freed_memory
+from .options import apply_options
 
 
 class TrainStep:
@@ -29,6 +30,7 @@ class TrainStep:
             keep_copies_(objective, optimizer)
         if world.device.type == "cpu":
             keep_freed_memory()
+        apply_options(recipe, objective, optimizer, world)
 
     def __call__(self, batch: dict, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Step number `step` (from 0) on one rank's batch: losses and what else to watch, and the schedules' values."""
