@@ -56,6 +56,7 @@ def transformer(config: Transformer, tokens: int, pairs: int, *, trains: bool = 
     """The blocks. `pairs` sums the squared lengths of the sequences; `last` is (rows, pairs) of a pruned last block.
 
     Per token and block 2 (4 D^2 + 2 D hidden) for the linear layers, and 4 D for each token that it attends to.
+    recompute: activation checkpointing, in all blocks but a pruned one.
     """
     D, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
     products, attention = 2.0 * tokens * (4 * D * D + 2 * D * hidden), 4.0 * D * pairs
@@ -64,10 +65,11 @@ def transformer(config: Transformer, tokens: int, pairs: int, *, trains: bool = 
     last_products = 2.0 * (tokens * 2 * D * D + rows * (2 * D * D + 2 * D * hidden))
     whole = config.depth - 1
     all_products, all_attention = whole * products + last_products, whole * attention + 4.0 * D * row_pairs
+    forward = config.depth * (products + attention)
     if not trains:
-        return Work(tokens, config.depth * (products + attention), all_products + all_attention)
-    return Work(tokens, 3 * config.depth * (products + attention),
-                (3 + recompute) * all_products + (3.5 + recompute) * all_attention)
+        return Work(tokens, forward, all_products + all_attention)
+    again = (config.depth if last is None else whole) * (products + attention) if recompute else 0.0
+    return Work(tokens, 3 * forward, 3 * all_products + 3.5 * all_attention + again)
 
 
 def perceptron(rows: int, *widths: int, input_grad: bool = True) -> Work:

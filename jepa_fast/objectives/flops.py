@@ -96,20 +96,19 @@ def _(config: ActionConditionedConfig, batch: dict, *, recompute: bool = False) 
     # officially frames 0 .. k go through again for step k of the rollout, and masked pairs are computed
     frames = [T - 1, *range(2, steps + 1)]
     asked = sum((_frames(predictor, D, B, t * size, B * (t * size) ** 2, t * n * B) for t in frames), Work())
-    # here attention skips later frames, and the rollout adds one frame at a time to kept keys and values
+    # here attention skips later frames, and the rollout adds one frame at a time to kept keys and values; such blocks are
+    # never checkpointed
     before = (T - 1) * T // 2
-    done = (_frames(predictor, D, B, (T - 1) * size, B * before * size**2, (T - 1) * n * B, recompute, input_grad=False)
-            + sum((_frames(predictor, D, B, size, B * t * size**2, n * B, recompute) for t in range(2, steps + 1)), Work()))
+    done = (_frames(predictor, D, B, (T - 1) * size, B * before * size**2, (T - 1) * n * B, input_grad=False)
+            + sum((_frames(predictor, D, B, size, B * t * size**2, n * B) for t in range(2, steps + 1)), Work()))
     return work + Work(done.tokens, asked.model_flops, done.hardware_flops)
 
 
-def _frames(predictor, encoder_dim: int, B: int, tokens: int, pairs: int, patches: int, recompute: bool = False,
-            input_grad: bool = True) -> Work:
+def _frames(predictor, encoder_dim: int, B: int, tokens: int, pairs: int, patches: int, input_grad: bool = True) -> Work:
     """The predictor on B sequences of `tokens`, `patches` of which, over all sequences, are of frames."""
     conditions = linear(B * tokens - patches, predictor.action_dim, predictor.embed_dim, input_grad=False)
     return (linear(patches, encoder_dim, predictor.embed_dim, input_grad=input_grad) + conditions
-            + transformer(predictor, B * tokens, pairs, recompute=recompute)
-            + linear(patches, predictor.embed_dim, encoder_dim))
+            + transformer(predictor, B * tokens, pairs) + linear(patches, predictor.embed_dim, encoder_dim))
 
 
 @step_work.register
