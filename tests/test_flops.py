@@ -139,9 +139,11 @@ def first_batch(recipe):
     return objective, objective.prepare(batch, seed=0, step=0, first_sample=0)
 
 
-@pytest.mark.parametrize(("name", "activations"), [*((name, "lean") for name in COUNTED),
-                                                   *((name, "checkpoint") for name in ("ijepa_vits16", "vjepa2_vitl16",
-                                                                                       "vjepa2_1_vitl16", "vjepa2_ac_vitg"))])
+CASES = [*((name, "lean") for name in COUNTED),
+         *((name, "checkpoint") for name in ("ijepa_vits16", "vjepa2_vitl16", "vjepa2_1_vitl16", "vjepa2_ac_vitg"))]
+
+
+@pytest.mark.parametrize(("name", "activations"), CASES)
 def test_pytorch_counts_the_same_in_a_real_step(name, activations):
     recipe = shrink(recipes.get_recipe(name))
     if name == "leworldmodel_two_rooms":
