@@ -128,8 +128,9 @@ class Meters:
     def _rates(self, window: tuple[float, int, Work]) -> dict[str, float]:
         """Of the whole job, were all ranks as busy as this one; operations per device."""
         seconds, steps, work = max(window[0], 1e-9), *window[1:]
-        rates = {f"{self.noun}_per_s": steps * self.recipe.train.batch_size / seconds,
-                 "tokens_per_s": work.tokens * self.world.size / seconds}
+        rates = {f"{self.noun}_per_s": steps * self.recipe.train.batch_size / seconds}
+        if work.tokens:
+            rates["tokens_per_s"] = work.tokens * self.world.size / seconds
         if self.peak is not None:
             rates |= {"mfu_percent": 100 * work.model_flops / seconds / self.peak,
                       "hfu_percent": 100 * work.hardware_flops / seconds / self.peak}
@@ -200,7 +201,8 @@ def device_name(device: torch.device) -> str:
 def describe(summary: dict, recipe: Recipe) -> list[str]:
     """The end of a run in words: one line, and one that says what to change where the device waited for data."""
     noun = next(noun for noun in SHORT if noun in summary)
-    parts = [f"{summary[f'{noun}_per_s']:.4g} {noun}/s", f"{summary['tokens_per_s']:.3g} tokens/s",
+    parts = [f"{summary[f'{noun}_per_s']:.4g} {noun}/s",
+             *([f"{summary['tokens_per_s']:.3g} tokens/s"] if "tokens_per_s" in summary else []),
              f"{summary['step_ms_p50']:.4g} ms a step (99 %: {summary['step_ms_p99']:.4g})"]
     if summary["peak_tflop_per_s"] is None:
         parts.append(f"{summary['model_tflop_per_s']:.3g} TFLOP/s")

@@ -23,11 +23,13 @@ class Run:
     """One folder of one run. Only the main process writes; the other ranks make the same calls."""
 
     def __init__(self, folder: pathlib.Path, recipe: "recipes.Recipe", world: World):
+        if recipe.train.log_every < 1:
+            raise ValueError(f"train.log_every must be at least 1, got {recipe.train.log_every}")
         self.folder, self.recipe, self.world = folder, recipe, world
         self.checkpoint_path = folder / "checkpoints" / "last.pt"
         self.metrics_path = folder / "metrics.csv"
         self.meters = Meters(recipe, world)
-        self.statistics = Statistics(world, max(recipe.train.log_every, 1), self._last_words)
+        self.statistics = Statistics(world, recipe.train.log_every, self._last_words)
         self.summary: dict = {}
         self._metrics = MetricsFile(self.metrics_path)
         self._writers: list = []

@@ -36,10 +36,6 @@ class LateCopy:
         self._event = torch.cuda.Event()
         self._event.record()
 
-    @property
-    def is_direct(self) -> bool:
-        return self._event is None
-
     def is_there(self) -> bool:
         return self._event is None or self._event.query()
 
@@ -79,13 +75,14 @@ class Row:
 
 @dataclass
 class _Sent:
-    """Rows under way; `host` is None where they end without a log step."""
+    """Rows under way; the last of them is a log step or not."""
 
     steps: list[int]
     names: list[str]
     copy: LateCopy
-    host: Any
-    monitors: Future | Callable[[], dict[str, float]] | None
+    is_log_step: bool
+    host: Any = None
+    monitors: Future | Callable[[], dict[str, float]] | None = None
 
 
 class Statistics:
@@ -96,6 +93,7 @@ class Statistics:
 
     def __init__(self, world: World, capacity: int, last_words: Callable[[], str] = str, copy: type[LateCopy] = LateCopy):
         self.world, self.capacity, self.last_words, self._copy = world, capacity, last_words, copy
+        self._is_direct = world.device.type == "cpu" and copy is LateCopy
         self._ring: Tensor | None = None
         self._names: list[str] = []
         self._steps: list[int] = []
@@ -106,7 +104,7 @@ class Statistics:
         """The 0-dim tensors of a step. On a CPU a term that is not finite stops the run here, else where it is read."""
         if list(values) != self._names or len(self._steps) == self.capacity:
             # a term came or went, as gradient norms do, or there were many steps without a log step
-            self._send(None, None)
+            self._send(is_log_step=False)
             self._names, self._ring = list(values), None
         tensors = list(values.values())
         if self._ring is None:
@@ -114,21 +112,22 @@ class Statistics:
         dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         row = self._ring[len(self._steps)].copy_(torch.stack([tensor.detach().to(dtype) for tensor in tensors]))
         self._steps.append(step)
-        if row.device.type == "cpu":
+        if self._is_direct:
             self._check(step, row.tolist(), self._names)
 
     def send(self, host: Any, features: Tensor | None = None) -> None:
         """The last step recorded is a log step: start its way, with what the host knows of it and features to watch."""
-        self._send(host, None if features is None else monitors(features, self.world, self._copy))
+        under_way = None if features is None else monitors(features, self.world, self._copy)
+        self._send(is_log_step=True, host=host, monitors=under_way)
 
-    def _send(self, host: Any, under_way: Callable[[], dict[str, float]] | None) -> None:
+    def _send(self, **log_step) -> None:
         if not self._steps:
             return
         rows = self._ring[:len(self._steps)]
         if self.world.size > 1:
             dist.all_reduce(rows)
             rows /= self.world.size
-        self._sent.append(_Sent(self._steps, self._names, self._copy(rows), host, under_way))
+        self._sent.append(_Sent(self._steps, self._names, self._copy(rows), **log_step))
         self._steps = []
 
     def arrived(self) -> Iterator[Row]:
@@ -138,15 +137,13 @@ class Statistics:
 
     def flush(self) -> Iterator[Row]:
         """All log steps, waiting for them; steps after the last one are checked too."""
-        self._send(None, None)
+        self._send(is_log_step=False)
         while self._sent:
             yield from self._hand_out()
 
     def _is_there(self, sent: _Sent) -> bool:
-        if not sent.copy.is_there():
-            return False
-        if sent.copy.is_direct:
-            return True
+        if self._is_direct or not sent.copy.is_there():
+            return self._is_direct
         if callable(sent.monitors):
             # eigenvalues take the host a while, which must go on launching
             self._eigenvalues = self._eigenvalues or ThreadPoolExecutor(1, "eigenvalues")
@@ -158,7 +155,7 @@ class Statistics:
         rows = sent.copy.get().tolist()
         for step, row in zip(sent.steps, rows, strict=True):
             self._check(step, row, sent.names)
-        if sent.host is not None:
+        if sent.is_log_step:
             watched = sent.monitors.result() if isinstance(sent.monitors, Future) else sent.monitors and sent.monitors()
             yield Row(sent.steps[-1], dict(zip(sent.names, rows[-1], strict=True)) | (watched or {}), sent.host)
 
