@@ -5,6 +5,7 @@ precision (a float8 target encoder counts at bf16's rate). A CPU has no data she
 TFLOP/s.
 """
 
+import dataclasses
 import resource
 import statistics
 import time
@@ -159,7 +160,7 @@ class Meters:
             "energy_j": joules, "energy_j_per_sample": None if joules is None else joules / max(samples, 1),
             "energy": self._energy.reason or "of all ranks' devices, from NVML",
             "recompilations": self.recompilations.count}
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in summary.items()}
+        return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in summary.items()}
 
     def _over_ranks(self, wait: float, memory: float, joules: float | None) -> tuple[float, float, float | None]:
         """The longest waiting, the largest memory, the sum of the energy."""
@@ -223,9 +224,10 @@ def data_hint(recipe: Recipe) -> str:
     """Which fields to change where training waits for data."""
     sources = {"data": recipe.data} if not hasattr(recipe.data, "videos") else \
         {"data.videos": recipe.data.videos, "data.images": recipe.data.images}
-    workers = [f"{name}.num_workers (now {source.num_workers})" for name, source in sources.items()
-               if hasattr(source, "num_workers")]
-    advice = [f"raise {' and '.join(workers)}"] if workers else ["make the data set faster"]
-    if workers and any(source.num_workers == 0 for source in sources.values() if hasattr(source, "num_workers")):
-        advice[0] += ": 0 loads in the training process"
-    return f"training waited for data: {advice[0]}; smaller or transcoded files and crops on the device help too"
+    workers = {name: source.num_workers for name, source in sources.items()
+               if any(field.name == "num_workers" for field in dataclasses.fields(source))}
+    fields = " and ".join(f"{name}.num_workers (now {count})" for name, count in workers.items())
+    advice = f"raise {fields}" if workers else "its data is made in the training process"
+    if 0 in workers.values():
+        advice += ": 0 loads in the training process"
+    return f"training waited for data: {advice}; smaller or transcoded files and crops on the device help too"
