@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jepa_fast import recipes
 from jepa_fast.masking import MaskCounts
 from jepa_fast.models.flops import Work, transformer
-from jepa_fast.nn.block import set_activations_
+from jepa_fast.nn.block import configure_blocks_
 from jepa_fast.objectives.flops import prediction_work, step_work
 from jepa_fast.ops import use_backend
 
@@ -151,7 +151,7 @@ def test_pytorch_counts_the_same_in_a_real_step(name, activations):
         predictor = dataclasses.replace(recipe.objective.predictor, dropout=0.0)
         recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, predictor=predictor))
     objective, batch = first_batch(recipe)
-    set_activations_(objective, activations)
+    configure_blocks_(objective, activations, "ops", "cpu")
     with use_backend("plain"), FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         objective(batch)["loss"].backward()
     work = step_work(recipe.objective, batch, recompute=activations == "checkpoint")

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.flops import Work
+from ..nn.block import configure_blocks_, use_copies_
 from ..objectives.flops import step_work
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from .distributed import World
+from .host_memory import keep_freed_memory
 
 
 class TrainStep:
@@ -27,6 +29,11 @@ class TrainStep:
         self.model = objective if model is None else model
         self.first_sample = world.rank * local_batch_size(recipe, world.size)
         self.work = Work()
+        configure_blocks_(objective, recipe.train.activations, recipe.train.blocks, architecture(world.device))
+        if recipe.train.precision == "bf16":
+            keep_copies_(objective, optimizer)
+        if world.device.type == "cpu":
+            keep_freed_memory()
 
     def __call__(self, batch: dict, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Step number `step` (from 0) on one rank's batch: losses and what else to watch, and the schedules' values."""
@@ -42,6 +49,19 @@ class TrainStep:
 
     def _count(self, micro: dict) -> None:
         self.work += step_work(self.recipe.objective, micro, recompute=self.recipe.train.activations == "checkpoint")
+
+
+def architecture(device: torch.device) -> str:
+    """The device as tables of measurements name it: "sm_90" and the like, or "cpu"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
+
+
+def keep_copies_(objective: nn.Module, optimizer: AdamWEMA) -> None:
+    """bfloat16 copies for the products of every block: the optimizer's, and lasting ones of what it does not move."""
+    optimizer.refresh_shadows()
+    moved = optimizer.shadows
+    frozen = {p: p.detach().to(torch.bfloat16) for p in objective.parameters() if p not in moved}
+    use_copies_(objective, moved | frozen)
 
 
 def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Recipe, step: int,
