@@ -74,7 +74,8 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_pack_equals_loop(name):
     masks = PROBLEMS[name]()
-    packed, expected = vars(masks.pack()), pack_by_loop(masks)
+    packed, expected = dict(vars(masks.pack())), pack_by_loop(masks)
+    packed.pop("counts")  # tests/test_flops.py
     assert packed.keys() == expected.keys()
     for field, value in packed.items():
         if isinstance(value, torch.Tensor):

@@ -124,13 +124,33 @@ class Masks:
             context_prediction_idx=context_prediction_idx,
             context_target_idx=context_rows.index_select(0, context_target),
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=rows.device),
-            batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
+            batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets,
+            counts=MaskCounts.of(context_lengths, sequence_lengths, target_pieces))
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Target list and context list of every kind of predictor sequence, [S] each."""
         (E, _), M, device = self.context_lengths.shape, self.target_lengths.shape[0], self.context_lengths.device
         targets, contexts = torch.arange(M, device=device), torch.arange(E, device=device)
         return (targets, contexts) if self.is_paired else (targets.repeat_interleave(E), contexts.repeat(M))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCounts:
+    """What masks cost, known on the host: tokens, for linear layers, and pairs (query, key), for attention."""
+
+    context: int
+    context_pairs: int
+    predictor: int
+    predictor_pairs: int
+    prediction: int           # mask tokens among those of the predictor
+    prediction_pairs: int     # of mask tokens as queries with all tokens of their sequences
+
+    @classmethod
+    def of(cls, context: Tensor, predictor: Tensor, prediction: Tensor) -> MaskCounts:
+        """Lengths of context sequences, of predictor sequences, and how many of the latter's tokens are predicted."""
+        return cls(context=int(context.sum()), context_pairs=int(context.square().sum()),
+                   predictor=int(predictor.sum()), predictor_pairs=int(predictor.square().sum()),
+                   prediction=int(prediction.sum()), prediction_pairs=int((prediction * predictor).sum()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,6 +189,7 @@ class PackedMasks:
     num_targets: int                # M
     prediction_weight: Tensor | None = None  # [Q] float64: of a prediction in the loss, 0 for padding; None: see above
     num_padding: int = 0            # so many of the last rows of each list may be padding (see `padding.pad`)
+    counts: MaskCounts | None = None    # tokens without any padding; None where batches were joined
 
     @classmethod
     def join(cls, batches: list[PackedMasks]) -> PackedMasks:
