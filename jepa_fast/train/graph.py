@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.flops import Work
 from .step import TrainStep, clip, set_schedules
 
 Outputs = tuple[Tensor, Tensor | None]   # losses [number of losses], features
@@ -72,11 +73,18 @@ class GraphedStep:
         self._staged: Tensor | None = None           # the optimizer's numbers that the graphs read
         step.optimizer.reads_device = True
 
+    @property
+    def work(self) -> Work:
+        return self.step.work
+
     def __call__(self, batch: dict, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Step number `step` (from 0) on a batch: losses and what else to watch, and the schedules' values."""
         outer, train = self.step, self.step.recipe.train
         settings = set_schedules(outer.optimizer, outer.recipe, step, outer.horizon)
-        batch = _tensors(outer.objective.prepare(batch, seed=train.seed, step=step, first_sample=outer.first_sample))
+        batch = outer.objective.prepare(batch, seed=train.seed, step=step, first_sample=outer.first_sample)
+        outer.work = Work()
+        outer.count(batch)
+        batch = _tensors(batch)
         is_clipped = step >= outer.horizon.steps(outer.recipe.optim.clip_from_epoch)
         torch.manual_seed(train.seed + 1_000_003 * step + outer.world.rank)
         key = (is_clipped, *_shapes(batch))
@@ -147,8 +155,13 @@ class GraphedStep:
 
 
 def _tensors(batch: dict) -> dict:
-    """What of a prepared batch is tensors, alone or in lists and dataclasses: strings and the like are for the host."""
-    return {name: value for name, value in batch.items()
+    """The tensors of a prepared batch, alone or in lists and masks; names of files and counts of masks are for the host."""
+    def strip(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [strip(item) for item in value]
+        return dataclasses.replace(value, counts=None) if hasattr(value, "counts") else value
+
+    return {name: strip(value) for name, value in batch.items()
             if isinstance(value, (Tensor, list, tuple)) or dataclasses.is_dataclass(value)}
 
 
