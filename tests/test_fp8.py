@@ -52,6 +52,18 @@ def test_product_is_that_of_the_quantised_numbers(dtype, limit):
     assert 0.005 < error(out, x.double() @ weight.double().T + bias.double()) < 0.06
 
 
+def test_emulation_is_what_the_scaled_product_computes():
+    """The call that a GPU takes, where PyTorch has it for CPUs."""
+    g = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(7, 48, generator=g), fp8.Float8Weight.of(torch.randn(32, 48, generator=g))
+    for bias in (None, torch.randn(32, generator=g).bfloat16()):
+        try:
+            theirs = weight._product(*fp8.quantize_rows(x), bias)
+        except (RuntimeError, NotImplementedError) as missing:
+            pytest.skip(str(missing).splitlines()[0])
+        assert theirs.dtype == torch.bfloat16 and error(theirs, weight.linear(x, bias)) < 4e-3
+
+
 def test_bad_numbers_stay_visible():
     for bad in (torch.nan, torch.inf):
         x = torch.randn(3, 16)

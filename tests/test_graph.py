@@ -20,6 +20,7 @@ from jepa_fast.recipes.eb_jepa import eb_jepa_two_rooms_small
 from jepa_fast.recipes.ijepa import ijepa_mnist
 from jepa_fast.train.distributed import World
 from jepa_fast.train.graph import GraphedStep
+from jepa_fast.train.options import apply_options
 from jepa_fast.train.step import TrainStep, build_optimizer
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -88,6 +89,7 @@ def test_replays_are_the_steps_themselves(name):
     eager, replayed = train(config, 10), train(config, 10, FakeGraphs())
     assert_same_bits(eager, replayed)
     step = replayed[2]
+    assert step.work == eager[2].work and step.work.tokens > 0
     assert step.num_captures >= 2 and step.num_replays + step.num_eager == 10
     assert step.num_replays > step.num_captures
 
@@ -126,9 +128,10 @@ def test_loaded_state_drops_the_graphs():
     _, _, step = train(config, 10, FakeGraphs())
     assert step._graphs
     step.step.optimizer.load_state_dict(step.step.optimizer.state_dict())
-    before, captures = set(step._graphs), step.num_captures
-    step(batch(IJEPA, 10), 10)
-    assert before and not step._graphs.keys() - {k for k in step._graphs if step.num_captures > captures}
+    before, captures = dict(step._graphs), step.num_captures
+    step(batch(IJEPA, 9), 9)
+    assert not any(graph is other for graph in step._graphs.values() for other in before.values())
+    assert len(step._graphs) == step.num_captures - captures <= 1
 
 
 def test_the_fake_refuses_what_a_gpu_would():
@@ -146,6 +149,18 @@ def test_where_it_is_refused():
 
     with pytest.raises(ValueError, match="^train.cuda_graphs needs a CUDA device, got cpu$"):
         build(recipe(IJEPA, cuda_graphs=True))
+    for fields, message in (({"accumulate": 2}, "needs train.accumulate 1, got 2"),
+                            ({"shard_ranks": -1}, "needs train.shard_ranks 1, got -1"),
+                            ({"pad_tokens_to": 0}, "needs train.pad_tokens_to, so that the shapes .* come back; got 0"),
+                            ({}, "is for one process, got 2")):
+        config = recipe(IJEPA, cuda_graphs=True, **fields)
+        with pytest.raises(ValueError, match=f"^train.cuda_graphs {message}$"):
+            apply_options(config, config.objective.build(), None, World(0, 1 if fields else 2, torch.device("cuda")))
+    for number, message in ((-1, "must be at least 0, got -1"), (64, "is for I-JEPA, V-JEPA and V-JEPA 2, got EBJEPA")):
+        config = eb_jepa_two_rooms_small() if number == 64 else recipe(IJEPA)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, pad_tokens_to=number))
+        with pytest.raises(ValueError, match=f"^train.pad_tokens_to {message}$"):
+            build(config)
     with pytest.raises(ValueError, match="objectives whose steps differ in tensors only.*got EBJEPA"):
         config = eb_jepa_two_rooms_small()
         GraphedStep(build(config), graphs=FakeGraphs())
