@@ -64,6 +64,18 @@ def test_emulation_is_what_the_scaled_product_computes():
         assert theirs.dtype == torch.bfloat16 and error(theirs, weight.linear(x, bias)) < 4e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_product_on_a_gpu():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no tensor cores for float8")
+    g = torch.Generator().manual_seed(5)
+    x, weight, bias = (torch.randn(shape, generator=g).bfloat16() for shape in ((333, 1280), (5120, 1280), (5120,)))
+    expected = fp8.Float8Weight.of(weight).linear(x, bias)
+    out = fp8.Float8Weight.of(weight.cuda()).linear(x.cuda(), bias.cuda())
+    assert out.dtype == torch.bfloat16 and error(out.cpu(), expected) < 1e-2
+
+
 def test_bad_numbers_stay_visible():
     for bad in (torch.nan, torch.inf):
         x = torch.randn(3, 16)

@@ -1,5 +1,6 @@
 """Steps replayed as CUDA graphs would, on the CPU: the same bits as steps that are run, whatever changes between them."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -19,7 +20,7 @@ from jepa_fast.optim import Horizon
 from jepa_fast.recipes.eb_jepa import eb_jepa_two_rooms_small
 from jepa_fast.recipes.ijepa import ijepa_mnist
 from jepa_fast.train.distributed import World
-from jepa_fast.train.graph import GraphedStep
+from jepa_fast.train.graph import CudaGraphs, GraphedStep
 from jepa_fast.train.options import apply_options
 from jepa_fast.train.step import TrainStep, build_optimizer
 
@@ -52,16 +53,19 @@ def batch(objective, number):
     return {"images": [torch.randn(4, 1, size, size, generator=g) for size in (28, 28, 16)], "index": torch.arange(4)}
 
 
-def train(config, count, graphs=None, **options):
+def train(config, count, graphs=None, world=CPU, **options):
     """Losses of all steps, all weights and state in the end, the step object."""
     torch.manual_seed(0)
-    objective = config.objective.build()
-    step = TrainStep(config, objective, build_optimizer(config, objective), Horizon(count, 1, 1.0), CPU)
+    objective = config.objective.build().to(world.device)
+    step = TrainStep(config, objective, build_optimizer(config, objective), Horizon(count, 1, 1.0), world)
     step = GraphedStep(step, graphs=graphs, **options) if graphs else step
     losses = []
-    with ops.use_backend("plain", "adamw_ema_"):
+    # for equal bits on the CPU: plain alone has both forms of the optimizer's op there
+    with ops.use_backend("plain", "adamw_ema_") if world is CPU else contextlib.nullcontext():
         for number in range(count):
-            losses.append({k: v.clone() for k, v in step(batch(config.objective, number), number)[0].items()})
+            here = {k: v.to(world.device) if isinstance(v, torch.Tensor) else v
+                    for k, v in batch(config.objective, number).items()}
+            losses.append({k: v.clone() for k, v in step(here, number)[0].items()})
     optimizer = (step.step if graphs else step).optimizer
     state = [value for p in optimizer.state.values() for value in p.values()]
     return losses, [*objective.state_dict().values(), *state], step
@@ -92,6 +96,20 @@ def test_replays_are_the_steps_themselves(name):
     assert step.work == eager[2].work and step.work.tokens > 0
     assert step.num_captures >= 2 and step.num_replays + step.num_eager == 10
     assert step.num_replays > step.num_captures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_replays_on_a_gpu(name):
+    if "float8" in name and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no tensor cores for float8")
+    world = World(0, 1, torch.device("cuda", 0))
+    eager, replayed = train(CASES[name], 10, world=world), train(CASES[name], 10, CudaGraphs(), world)
+    limit = 2e-2 if "bfloat16" in name else 1e-4
+    for mine, theirs in zip(replayed[0], eager[0], strict=True):
+        torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=limit, atol=0)
+    assert replayed[2].num_captures >= 2
 
 
 def test_lejepa_draws_new_directions_in_every_replay():

@@ -36,7 +36,8 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """Record a function without running it: how to run it, and where its outputs will be."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # thread_local: loaders may pin memory and statistics ask for events meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             outputs = function()
         return graph.replay, outputs
 
