@@ -42,13 +42,14 @@ class TrainStep:
         settings = set_schedules(self.optimizer, recipe, step, self.horizon)
         torch.manual_seed(recipe.train.seed + 1_000_003 * step + self.world.rank)
         self.work = Work()
-        losses = accumulate(self.model, self.objective, batch, recipe, step, self.first_sample, self._count)
+        losses = accumulate(self.model, self.objective, batch, recipe, step, self.first_sample, self.count)
         is_clipped = step >= self.horizon.steps(recipe.optim.clip_from_epoch)
         self.optimizer.step(grad_scale=clip(recipe, self.objective, losses) if is_clipped else None)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, settings
 
-    def _count(self, micro: dict) -> None:
+    def count(self, micro: dict) -> None:
+        """Add what a prepared batch asks for to `work`."""
         self.work += step_work(self.recipe.objective, micro, recompute=self.recipe.train.activations == "checkpoint")
 
 
