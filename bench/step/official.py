@@ -23,7 +23,7 @@ from .work import Work
 from .worker import Batches
 
 # imported by their data loading and launching, which no step touches; stubbed where not installed
-NOT_IN_THE_STEP = ("decord", "h5py", "cv2", "psutil", "submitit", "iopath", "timm", "einops", "loguru")
+NOT_IN_THE_STEP = ("decord", "h5py", "cv2", "psutil", "submitit", "iopath")
 MODELS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge", 1408: "vit_giant"}
 
 
@@ -40,7 +40,10 @@ def import_from(checkout: pathlib.Path, module: str) -> types.ModuleType:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.path.insert(0, str(checkout))
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the official code needs {error.name}: pip install {error.name.split('.')[0]}") from error
 
 
 def configuration(checkout: pathlib.Path, path: str) -> dict:
@@ -71,7 +74,6 @@ def run_main(train: types.ModuleType, settings: dict, work: Work, batches: Batch
 
     setattr(train, init, built)
     train.DistributedDataParallel, train.gpu_timer = wrapped, timed
-    # forward and backward of a loop that never ends need what `from main` left in place
     train.main(settings)
 
 

@@ -7,12 +7,12 @@ from functools import partial
 
 from .work import Work
 
-NAMES = ("official", "official style", "tuned", "ours", "ours+fp8")
+NAMES = ("official", "official style", "tuned", "tuned, compiled", "ours", "ours+fp8")
 REPOSITORY = {"ijepa": "facebookresearch/ijepa", "vjepa": "facebookresearch/jepa", "vjepa2": "facebookresearch/vjepa2",
               "ac": "facebookresearch/vjepa2", "lejepa": "rbalestr-lab/lejepa"}
 
 
-def loop_of(name: str, work: Work, official: pathlib.Path | None, *, is_compiled: bool) -> Callable:
+def loop_of(name: str, work: Work, official: pathlib.Path | None) -> Callable:
     """A function (work, batches) that trains for ever."""
     if name in ("ours", "ours+fp8"):
         from . import ours
@@ -23,4 +23,5 @@ def loop_of(name: str, work: Work, official: pathlib.Path | None, *, is_compiled
         return partial(adapter.loop, checkout=official.resolve())
     from . import plain_loop
 
-    return partial(plain_loop.loop, manner=plain_loop.tuned(work, is_compiled) if name == "tuned" else plain_loop.official(work))
+    manner = plain_loop.official(work) if name == "official style" else plain_loop.tuned(name == "tuned, compiled")
+    return partial(plain_loop.loop, manner=manner)

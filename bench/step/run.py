@@ -26,10 +26,10 @@ class Failed(RuntimeError):
 class Provider:
     """A worker process and its pipe."""
 
-    def __init__(self, name: str, work: Work, official: pathlib.Path | None, is_compiled: bool):
-        self.name, self.log = name, work.folder / f"{name.replace(' ', '-')}.log"
+    def __init__(self, name: str, work: Work, official: pathlib.Path | None):
+        self.name, self.log = name, work.folder / f"{name.replace(', ', '-').replace(' ', '-')}.log"
         command = [sys.executable, "-m", "bench.step.worker", name, str(work.folder)]
-        command += ["--official", str(official)] * (name == "official") + ["--no-compile"] * (not is_compiled)
+        command += ["--official", str(official)] * (name == "official")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                             text=True)
@@ -68,7 +68,6 @@ class Plan:
     rounds: int = 5
     steps: int = 1               # of each provider in a round
     warmup: int = 2              # steps after the checked ones, before the first round
-    is_compiled: bool = True     # the tuned provider uses torch.compile
     one_at_a_time: bool = False  # where not all fit on the device: no interleaving
 
     @property
@@ -84,7 +83,7 @@ def measure(work: Work, plan: Plan) -> list[dict]:
         workers: list[Provider] = []
         try:
             for name in names:
-                workers.append(Provider(name, work, plan.official, plan.is_compiled))
+                workers.append(Provider(name, work, plan.official))
                 results[name] = {"losses": workers[-1].ask("run", CHECKED_STEPS)["losses"], "seconds": [], "peaks": []}
             check_losses({name: result["losses"] for name, result in results.items()}, work)
             for worker in workers:

@@ -1,4 +1,4 @@
-"""One provider in a process of its own:  python -m bench.step.worker PROVIDER FOLDER [--official PATH] [--compile ...]
+"""One provider in a process of its own:  python -m bench.step.worker PROVIDER FOLDER [--official PATH]
 
 Commands come as JSON lines on standard input, answers go as JSON lines to standard output; what the provider prints goes
 to standard error. Between commands the process waits in a read and holds no GPU memory that it does not need.
@@ -133,7 +133,6 @@ def main() -> None:
     parser.add_argument("provider")
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--official", type=pathlib.Path)
-    parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a provider prints may be taken for an answer
@@ -141,7 +140,7 @@ def main() -> None:
 
     try:
         task = work.load(arguments.folder)
-        loop = loop_of(arguments.provider, task, arguments.official, is_compiled=not arguments.no_compile)
+        loop = loop_of(arguments.provider, task, arguments.official)
         with contextlib.suppress(Stop):
             loop(task, Batches(task, answers))
     except Exception as error:
