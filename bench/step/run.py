@@ -5,6 +5,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ CHECKED_STEPS = 3
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 FP8_TOLERANCE = 5e-2
 SIGREG_TOLERANCE = 5e-2  # of LeJEPA, whose random directions no two codes share
+
+
+OPTIONAL = ("tuned, compiled", "ours+fp8")  # a row is lost where they do not run
 
 
 class Failed(RuntimeError):
@@ -75,16 +79,28 @@ class Plan:
         return CHECKED_STEPS + self.warmup + self.rounds * self.steps + 2
 
 
-def measure(work: Work, plan: Plan) -> list[dict]:
-    """A row for each provider. Raises Failed, or ValueError where losses differ: what computes something else is not timed."""
+def measure(work: Work, plan: Plan) -> tuple[list[dict], dict[str, str]]:
+    """A row for each provider, and why others are left out: those that are ours to choose, compiled and float8, may fail.
+
+    Raises Failed, or ValueError where losses differ: what computes something else is not timed.
+    """
     results: dict[str, dict] = {}
+    left_out: dict[str, str] = {}
     groups = [(name,) for name in plan.providers] if plan.one_at_a_time else [plan.providers]
     for names in groups:
         workers: list[Provider] = []
         try:
             for name in names:
-                workers.append(Provider(name, work, plan.official))
-                results[name] = {"losses": workers[-1].ask("run", CHECKED_STEPS)["losses"], "seconds": [], "peaks": []}
+                try:
+                    workers.append(Provider(name, work, plan.official))
+                    losses = workers[-1].ask("run", CHECKED_STEPS)["losses"]
+                except Failed as error:
+                    if name not in OPTIONAL:
+                        raise
+                    left_out[name] = str(error)
+                    workers = [worker for worker in workers if worker.name != name]
+                    continue
+                results[name] = {"losses": losses, "seconds": [], "peaks": []}
             check_losses({name: result["losses"] for name, result in results.items()}, work)
             for worker in workers:
                 if plan.warmup:
@@ -102,7 +118,7 @@ def measure(work: Work, plan: Plan) -> list[dict]:
         finally:
             for worker in workers:
                 worker.stop()
-    return [row(name, result, work) for name, result in results.items()]
+    return [row(name, result, work) for name, result in results.items()], left_out
 
 
 def check_losses(losses: dict[str, list[float]], work: Work) -> None:
@@ -138,8 +154,6 @@ def _percentile(values: list[float], fraction: float) -> float:
 
 def measure_ceilings(device: torch.device, precision: str) -> dict[str, float]:
     """What this device does at best: bytes per second of a large copy (read and written), FLOP/s of large products."""
-    import time
-
     is_cuda, dtype = device.type == "cuda", torch.bfloat16 if precision == "bf16" else torch.float32
     size, elements = (8192, 1 << 28) if is_cuda else (2048, 1 << 25)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -160,3 +174,39 @@ def measure_ceilings(device: torch.device, precision: str) -> dict[str, float]:
 
     return {"flop_per_s": 2 * size**3 / best(lambda: torch.mm(a, b)),
             "copy_bytes_per_s": 2 * 4 * elements / best(lambda: target.copy_(source))}
+
+
+def peak_of(device: torch.device, precision: str, ceilings: dict[str, float]) -> tuple[float, str]:
+    """FLOP/s that utilisation is of: the data sheet's, or this run's large product where there is none."""
+    from jepa_fast.train.peaks import device_peak
+
+    peak = device_peak(device, precision)
+    return (peak, f"{peak / 1e12:.0f} TFLOP/s") if peak else (ceilings["flop_per_s"], "that product")
+
+
+def model_flops(work: Work) -> float:
+    """What the algorithm asks for in one step: the mean over the masks of this bench."""
+    from jepa_fast.objectives.flops import step_work
+
+    recipe, counts = work.recipe, []
+    inputs = {name: value.to("meta") if name in ("images", "clips") else value for name, value in work.inputs()[0].items()}
+    if work.family == "lejepa":
+        inputs["images"] = list(inputs["images"].unbind(1))
+    masking = getattr(recipe.objective, "masking", None)
+    for step in range(min(work.num_steps, 8) if masking else 1):
+        batch = dict(inputs)
+        if masking:
+            batch["masks"] = masking.sample(recipe.objective.encoder.grid, recipe.train.batch_size, seed=recipe.train.seed,
+                                            step=step, first_sample=0).pack()
+        counts.append(step_work(recipe.objective, batch).model_flops)
+    return statistics.mean(counts)
+
+
+def commit_of(checkout: pathlib.Path | None) -> str | None:
+    """The commit of the official code, with a plus where its files were changed."""
+    if checkout is None:
+        return None
+    git = ["git", "-C", str(checkout)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else "unknown"
