@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..nn.block import set_activations_, use_copies_
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from .distributed import World
+from .host_memory import keep_freed_memory
 
 
 class TrainStep:
@@ -22,6 +24,11 @@ class TrainStep:
         self.recipe, self.objective, self.optimizer, self.horizon, self.world = recipe, objective, optimizer, horizon, world
         self.model = objective if model is None else model
         self.first_sample = world.rank * local_batch_size(recipe, world.size)
+        set_activations_(objective, recipe.train.activations)
+        if recipe.train.precision == "bf16":
+            keep_copies_(objective, optimizer)
+        if world.device.type == "cpu":
+            keep_freed_memory()
 
     def __call__(self, batch: dict, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Step number `step` (from 0) on one rank's batch: losses and what else to watch, and the schedules' values."""
@@ -33,6 +40,14 @@ class TrainStep:
         self.optimizer.step(grad_scale=clip(recipe, self.objective, losses) if is_clipped else None)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, settings
+
+
+def keep_copies_(objective: nn.Module, optimizer: AdamWEMA) -> None:
+    """bfloat16 copies for the products of every block: the optimizer's, and lasting ones of what it does not move."""
+    optimizer.refresh_shadows()
+    moved = optimizer.shadows
+    frozen = {p: p.detach().to(torch.bfloat16) for p in objective.parameters() if p not in moved}
+    use_copies_(objective, moved | frozen)
 
 
 def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Recipe, step: int,
