@@ -26,19 +26,22 @@ from .worker import Batches
 NOT_IN_THE_STEP = ("decord", "h5py", "cv2", "psutil", "submitit", "iopath")
 MODELS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge", 1408: "vit_giant"}
 
+_kept: list[torch.library.Library] = []  # a library's schemas go when it does
+
 
 def import_from(checkout: pathlib.Path, module: str) -> types.ModuleType:
     """A module of the checkout. ValueError where it is not there."""
     if not (checkout / (module.replace(".", "/") + ".py")).exists():
-        raise ValueError(f"--official {checkout} has no {module.replace('.', '/')}.py: is it a checkout of the right repository?")
+        path = module.replace(".", "/")
+        raise ValueError(f"--official {checkout} has no {path}.py: is it a checkout of the right repository?")
     for name in NOT_IN_THE_STEP:
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = MagicMock(name=name)
     if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
         # torchvision from PyPI is linked to CUDA and fails on a CPU build of torch over two schemas
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        _kept.append(torch.library.Library("torchvision", "FRAGMENT"))
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _kept[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.path.insert(0, str(checkout))
     try:
         return importlib.import_module(module)

@@ -40,7 +40,7 @@ def regions_of(work: Work, objective) -> dict:
 
 
 def on_device(inputs: dict, work: Work) -> dict:
-    """What the data loader's processes hand over, uint8 -> what an objective takes: the loader's last step, on the device."""
+    """What the data loader's processes hand over, uint8 -> what an objective takes: the loader's last step."""
     batch = {name: value.to(work.device, non_blocking=True) for name, value in inputs.items()}
     for name in ("images", "clips"):
         if name in batch and batch[name].dtype == torch.uint8:

@@ -34,9 +34,11 @@ def tables(result: dict) -> Tables:
              f"{result['ceilings']['copy_bytes_per_s'] / 1e9:.0f} GB/s; MFU and HFU are of {result['peak_is']}")
     header = ["code", "ms", "p20 – p80", "samples/s", "× official", "× tuned", "MFU %", "HFU %",
               "operators" if is_cpu else "launches", "host reads" if is_cpu else "stops", "host ms", "idle ms", "peak MB"]
-    body = [[row["provider"], f"{row['ms']:.1f}", f"{row['p20_ms']:.1f} – {row['p80_ms']:.1f}", f"{row['samples_per_s']:.2f}",
-             _number(row["x_official"], ".2f"), _number(row["x_tuned"], ".2f"), _number(row["mfu"], ".1f", 100),
-             _number(row["hfu"], ".1f", 100), _number(row.get("launches"), "d"), _number(row.get("stops"), "d"),
+    body = [[row["provider"], f"{row['ms']:.1f}", f"{row['p20_ms']:.1f} – {row['p80_ms']:.1f}",
+             f"{row['samples_per_s']:.2f}", _number(row["x_official"], ".2f"),
+             _number(row["x_tuned"], ".2f"), _number(row["mfu"], ".1f", 100),
+             _number(row["hfu"], ".1f", 100), _number(row.get("launches"), "d"),
+             _number(row.get("stops"), "d"),
              _number(row.get("host_ms"), ".1f"), _number(row.get("idle_ms"), ".1f"), f"{row['peak_bytes'] / 1e6:.0f}"]
             for row in ratios(result)]
     parts = [(row["provider"], row["components"]) for row in result["rows"] if "components" in row] + model_bars(result)
@@ -64,7 +66,8 @@ def goals(result: dict) -> list[list[str]]:
         asked = [("× official", CPU_GOALS.get(result["family"]), ours["x_official"])]
     else:
         official, tuned, mfu = GOALS.get(result["recipe"], (None, None, None))
-        asked = [("× official", official, ours["x_official"]), ("× tuned", tuned, ours["x_tuned"]), ("MFU", mfu, ours["mfu"])]
+        asked = [("× official", official, ours["x_official"]), ("× tuned", tuned, ours["x_tuned"]),
+                 ("MFU", mfu, ours["mfu"])]
     return [[name, f"{goal:.2f}", _number(measured, ".2f") or "not measured"] for name, goal, measured in asked if goal]
 
 

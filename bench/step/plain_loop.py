@@ -4,16 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from jepa_fast.optim import param_groups
+from jepa_fast.train.host_memory import keep_freed_memory
 
 from .ours import on_device
 from .style_blocks import Manner
 from .work import Work, to_float
 from .worker import Batches
 
+ROLES = ("encoder", "predictor", "projector")
+
 
 def official(work: Work) -> Manner:
     """As the authors' loops have it."""
-    shared = dict(makes_tables=False, has_scaler=True, is_fused=False)
+    shared = dict(makes_tables=False, has_scaler=True, is_fused=False, keeps_memory=False)
     return {"ijepa": Manner(is_unfused=True, logs="gradients", average="loop", **shared),
             "vjepa": Manner(logs="gradients, moments", average="loop", **shared),
             "vjepa2": Manner(is_checkpointed=True, logs="loss", **shared),
@@ -36,7 +39,7 @@ def build(work: Work, manner: Manner) -> nn.Module:
     step = {"ijepa": ImageStep, "vjepa": VideoStep, "vjepa2": VideoStep, "ac": ActionStep, "lejepa": ViewStep}
     model = step[work.family](work.recipe.objective, manner)
     for role, state in work.weights().items():
-        if hasattr(model, role):
+        if role in ROLES:
             getattr(model, role).load_state_dict(state)
         if role == "encoder" and hasattr(model, "target_encoder"):
             model.target_encoder.load_state_dict(state)
@@ -45,16 +48,16 @@ def build(work: Work, manner: Manner) -> nn.Module:
 
 def loop(work: Work, batches: Batches, *, manner: Manner) -> None:
     recipe, model = work.recipe, build(work, manner)
-    roles = {name: getattr(model, name) for name in ("encoder", "predictor", "projector") if hasattr(model, name)}
+    roles = {name: getattr(model, name) for name in ROLES if hasattr(model, name)}
     trained = {name: role for name, role in roles.items() if any(p.requires_grad for p in role.parameters())}
     groups = param_groups(trained, 0.0)
     # PyTorch's own AdamW with its own default of foreach or not, or its fused version
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=manner.is_fused or None)
+    if manner.keeps_memory and work.device.type == "cpu":
+        keep_freed_memory()
     is_half, device = recipe.train.precision == "bf16", work.device
     scaler = torch.amp.GradScaler("cuda") if manner.has_scaler and is_half and device.type == "cuda" else None
-    batches.regions(context=(model.encoder, "forward"), **{
-        region: (getattr(model, name), "forward") for region, name in (("target", "target_encoder"), ("predictor", "predictor"))
-        if hasattr(model, name)})
+    batches.regions(**regions_of(work, model))
     # officially the data loader's processes normalise, and float32 travels; tuned, uint8 does
     is_official = not manner.makes_tables
     batches.prepare(lambda inputs: {name: to_float(name, value) if is_official and value.dtype == torch.uint8 else value
@@ -76,6 +79,12 @@ def loop(work: Work, batches: Batches, *, manner: Manner) -> None:
         if hasattr(model, "target_encoder") and hasattr(recipe.objective, "momentum"):
             move_average(model, recipe.objective.momentum(step, work.horizon), manner.average)
         batches.record(float(loss.detach()) if manner.logs else loss)
+
+
+def regions_of(work: Work, model: nn.Module) -> dict:
+    names = {"ac": {"target": "encoder", "predictor": "predictor"}, "lejepa": {"context": "encoder"}}
+    usual = {"context": "encoder", "target": "target_encoder", "predictor": "predictor"}
+    return {region: (getattr(model, name), "forward") for region, name in names.get(work.family, usual).items()}
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, work: Work, step: int) -> None:

@@ -26,6 +26,7 @@ class Manner:
     average: str = "foreach"          # the moving average: "loop" tensor by tensor, or "foreach"
     is_fused: bool = True             # AdamW
     is_compiled: bool = False         # blocks go through torch.compile
+    keeps_memory: bool = True         # on a CPU the C library keeps freed memory, as in our trainer
 
 
 class Tables(NamedTuple):
@@ -81,7 +82,8 @@ def tables(positions: Tensor, width: int, dtype: torch.dtype) -> Tables:
     angles = (positions.to(dtype).unsqueeze(-1) * omega.to(dtype)).float()  # [..., N, 3, axis / 2]
     angles = torch.cat([angles, angles], -1).flatten(-2)
     pad = (0, width - 3 * axis)
-    return Tables(F.pad(angles.cos(), pad, value=1.0).unsqueeze(-3).to(dtype), F.pad(angles.sin(), pad).unsqueeze(-3).to(dtype))
+    cos, sin = F.pad(angles.cos(), pad, value=1.0), F.pad(angles.sin(), pad)
+    return Tables(cos.unsqueeze(-3).to(dtype), sin.unsqueeze(-3).to(dtype))
 
 
 class Attention(nn.Module):

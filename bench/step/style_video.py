@@ -51,8 +51,9 @@ class Encoder(nn.Module):
         x = self.embed(x) if x.dim() == 5 else x
         if context is not None:
             x = pick(x, context)
-        width = self.config.embed_dim // self.config.num_heads
-        positions = None if self.config.positions == "sincos" else positions_of(context, self.config.grid, width, x, self.manner)
+        width, positions = self.config.embed_dim // self.config.num_heads, None
+        if self.config.positions == "rotary":
+            positions = positions_of(context, self.config.grid, width, x, self.manner)
         return self.norm(run(self.blocks, x, self.manner, positions))
 
 

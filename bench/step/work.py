@@ -22,7 +22,7 @@ from jepa_fast.optim import Horizon
 
 # width, depth, heads of the encoders that the official repositories name alike
 ENCODERS = {"t": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
-IMAGENET_IMAGES = 1_281_167
+IMAGES = {"ijepa": 1_281_167, "lejepa": 9_469}  # of ImageNet-1k and Imagenette, for the length of an epoch
 NUM_INPUTS = 2  # different batches of pixels, in turn; masks differ in every step
 
 
@@ -82,7 +82,7 @@ def family_of(recipe: recipes.Recipe) -> str:
 
 def make(folder: pathlib.Path, recipe: recipes.Recipe, size: Size, *, precision: str, device: str, num_steps: int) -> Work:
     """Write weights, inputs and masks of `num_steps` steps."""
-    steps_per_epoch = recipe.train.steps_per_epoch or IMAGENET_IMAGES // recipe.train.batch_size
+    steps_per_epoch = recipe.train.steps_per_epoch or IMAGES[family_of(recipe)] // recipe.train.batch_size
     recipe = sized(recipe, size, precision, device)
     folder.mkdir(parents=True, exist_ok=True)
     recipes.save(recipe, folder / "recipe.yaml")
@@ -115,7 +115,8 @@ def sized(recipe: recipes.Recipe, size: Size, precision: str, device: str) -> re
         heads = size.predictor_dim and max(1, size.predictor_dim // 32)
         changes["predictor"] = _replace(objective.predictor, depth=size.predictor_depth, embed_dim=size.predictor_dim,
                                         num_heads=heads if objective.predictor.num_heads else None)
-    batch_size = size.batch_size or {"ac": 8, "lejepa": recipe.train.batch_size}.get(family) or objective.masking.mask_group_size
+    official = {"ac": 8, "lejepa": recipe.train.batch_size}.get(family) or objective.masking.mask_group_size
+    batch_size = size.batch_size or official
     if family == "ac":
         changes["encoder_weights"] = "random"
     elif family != "lejepa":
