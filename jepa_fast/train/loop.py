@@ -38,15 +38,14 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,
                                   num_steps=num_steps, rank=world.rank, world_size=world.size, device=world.device)
     try:
-        for batch in batches:
+        for batch in run.meters.watch(batches):
             losses, settings = take_step(batch, step)
             step += 1
-            run.check(step, losses)
-            if step % config.log_every == 0 or step == num_steps:
-                run.log(step, step / horizon.steps_per_epoch, losses, settings)
-            run.tick(step)
+            run.record(step, step / horizon.steps_per_epoch, losses, settings, take_step.work,
+                       is_log_step=step % config.log_every == 0 or step == num_steps)
             if step % save_every == 0 or step == num_steps:
                 run.save(step, objective, optimizer)
+        run.finish()
     finally:
         run.close()
     return run
