@@ -58,7 +58,7 @@ def bench(arguments: Arguments) -> dict:
                          num_steps=plan.num_steps)
         ceilings = run.measure_ceilings(torch.device(device), precision)
         rows, left_out = run.measure(task, plan)
-    return describe(task, arguments, plan, ceilings, rows, left_out)
+        return describe(task, arguments, plan, ceilings, rows, left_out)
 
 
 def check(arguments: Arguments, recipe, precision: str, is_cuda: bool) -> None:
@@ -90,14 +90,16 @@ def describe(task: work.Work, arguments: Arguments, plan: run.Plan, ceilings: di
             "is_official_size": arguments.size == work.Size() or arguments.size == work.Size(batch_size=train.batch_size),
             "rounds": plan.rounds, "steps": plan.steps, "is_interleaved": not plan.one_at_a_time,
             "official_commit": run.commit_of(plan.official), "provenance": provenance(), "ceilings": ceilings,
-            "peak_flop_per_s": peak, "peak_is": peak_is, "model_flops": run.model_flops(task), "rows": rows,
+            "peak_flop_per_s": peak, "peak_is": peak_is,
+            "model_flops": run.model_flops(task, range(min(task.num_steps, 8))), "rows": rows,
             "left_out": left_out}
 
 
 def case_name(task: work.Work) -> str:
     """As ijepa_vits16-vits16-224-b16-fp32, video with its frames."""
     encoder, train = task.recipe.objective.encoder, task.recipe.train
-    letter = next((name for name, (width, *_) in work.ENCODERS.items() if width == encoder.embed_dim), "g")
+    widths = {width: name for name, (width, *_) in work.ENCODERS.items()} | {1408: "g"}
+    letter = widths.get(encoder.embed_dim, f"{encoder.embed_dim}-")
     frames = f"{encoder.num_frames}x" if task.family in ("vjepa", "vjepa2") else ""
     return (f"{task.recipe.name}-vit{letter}{encoder.patch_size}-{frames}{encoder.image_size}-b{train.batch_size}"
             f"-{train.precision}")

@@ -35,7 +35,7 @@ def regions_of(work: Work, objective) -> dict:
         return {"context": (objective.encoder, "views")}
     if work.family == "ac":
         return {"target": (objective, "encode"), "predictor": (objective, "predict")}
-    return {"context": (objective.encoder, "context"), "target": (objective, "targets"),
+    return {"context": (objective.encoder, "context"), "target": (objective.target_encoder, "rows"),
             "predictor": (objective.predictor, "forward")}
 
 

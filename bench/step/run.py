@@ -6,9 +6,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
+from jepa_fast.objectives.flops import step_work
+from jepa_fast.train.peaks import device_peak
 
 from .work import Work
 
@@ -178,28 +182,18 @@ def measure_ceilings(device: torch.device, precision: str) -> dict[str, float]:
 
 def peak_of(device: torch.device, precision: str, ceilings: dict[str, float]) -> tuple[float, str]:
     """FLOP/s that utilisation is of: the data sheet's, or this run's large product where there is none."""
-    try:
-        from jepa_fast.train.peaks import device_peak
-    except ImportError:
-        return ceilings["flop_per_s"], "that product"
-
     peak = device_peak(device, precision)
     return (peak, f"{peak / 1e12:.0f} TFLOP/s") if peak else (ceilings["flop_per_s"], "that product")
 
 
-def model_flops(work: Work) -> float:
-    """What the algorithm asks for in one step: the mean over the masks of this bench."""
-    try:
-        from jepa_fast.objectives.flops import step_work
-    except ImportError:
-        return None
-
+def model_flops(work: Work, steps: Iterable[int]) -> float:
+    """What the algorithm asks for in one step: the mean over the masks of these."""
     recipe, counts = work.recipe, []
     inputs = {name: value.to("meta") if name in ("images", "clips") else value for name, value in work.inputs()[0].items()}
     if work.family == "lejepa":
         inputs["images"] = list(inputs["images"].unbind(1))
     masking = getattr(recipe.objective, "masking", None)
-    for step in range(min(work.num_steps, 8) if masking else 1):
+    for step in steps:
         batch = dict(inputs)
         if masking:
             batch["masks"] = masking.sample(recipe.objective.encoder.grid, recipe.train.batch_size, seed=recipe.train.seed,
