@@ -1,6 +1,7 @@
 """Write the tables of results into the README:  python -m bench.report
 
-Reads bench/results/*.json, bench/results/step/*/*/result.json and bench/results/gpu/*/results.json; no number in those tables is typed by hand.
+Reads bench/results/*.json, bench/results/step/*/*/result.json and bench/results/gpu/*/; no number in those tables is typed
+by hand.
 """
 
 import json
@@ -30,12 +31,17 @@ def bench_table() -> str:
     return "\n".join(parts)
 
 
+def bench_tables() -> str:
+    return "\n".join(filter(None, (bench_table(), step_table())))
+
+
 def step_table() -> str:
     """Whole steps: bench/results/step/<device>/<case>/result.json."""
     from .step.page import ratios
 
     parts = []
-    for path in sorted((ROOT / "bench/results/step").glob("*/*/result.json")):
+    results = ROOT / "bench/results"
+    for path in sorted([*results.glob("step/*/*/result.json"), *results.glob("gpu/*/step/*/result.json")]):
         result = json.loads(path.read_text())
         where, official = result["provenance"], result["official_commit"]
         lines = [(row["provider"], f"{row['ms']:.0f} ({row['p20_ms']:.0f} – {row['p80_ms']:.0f})",
@@ -97,7 +103,7 @@ def put(text: str, name: str, table: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo_table), ("bench", lambda: "\n".join(filter(None, (bench_table(), step_table())))), ("gpu", gpu_table)):
+    for name, table in (("demo", demo_table), ("bench", bench_tables), ("gpu", gpu_table)):
         text = put(text, name, table())
     readme.write_text(text)
 

@@ -25,7 +25,7 @@ class Arguments:
     size: tyro.conf.OmitArgPrefixes[work.Size] = work.Size()
     precision: Literal["auto", "fp32", "bf16"] = "auto"   # auto: the recipe's on a GPU, fp32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    providers: tuple[str, ...] = ()          # of official, official style, tuned, "tuned, compiled", ours, ours+fp8
+    providers: tuple[str, ...] = ()          # names as in the table; see providers.NAMES
     rounds: int = 7                          # of all providers in turn
     steps: int = 0                           # of each in a round; 0: 1 on a CPU, 5 on a GPU
     warmup: int = -1                         # steps before the first round; -1: 1 on a CPU, 10 on a GPU
@@ -65,6 +65,8 @@ def check(arguments: Arguments, recipe, precision: str, is_cuda: bool) -> None:
     unknown = set(arguments.providers) - set(NAMES)
     if unknown:
         raise ValueError(f"providers must be of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
+    if "ours, cached features" in arguments.providers and work.family_of(recipe) != "ac":
+        raise ValueError(f"cached features are V-JEPA 2-AC's, got recipe {recipe.name}")
     if "official" in arguments.providers and arguments.official is None:
         repository = REPOSITORY[work.family_of(recipe)]
         raise ValueError(f"provider official needs --official PATH, a checkout of github.com/{repository}")
@@ -83,6 +85,10 @@ def default_providers(has_official: bool, is_cuda: bool) -> tuple[str, ...]:
 def describe(task: work.Work, arguments: Arguments, plan: run.Plan, ceilings: dict, rows: list[dict],
              left_out: dict[str, str]) -> dict:
     train, device = task.recipe.train, task.device
+    asked, ours = run.flops(task, range(min(task.num_steps, 8)))
+    for row in rows:
+        if row["provider"] in ("ours", "ours+fp8"):
+            row["flops"] = ours
     peak, peak_is = run.peak_of(device, train.precision, ceilings)
     is_cuda = device.type == "cuda"
     return {"case": case_name(task), "recipe": task.recipe.name, "family": task.family, "batch_size": train.batch_size,
@@ -91,7 +97,7 @@ def describe(task: work.Work, arguments: Arguments, plan: run.Plan, ceilings: di
             "rounds": plan.rounds, "steps": plan.steps, "is_interleaved": not plan.one_at_a_time,
             "official_commit": run.commit_of(plan.official), "provenance": provenance(), "ceilings": ceilings,
             "peak_flop_per_s": peak, "peak_is": peak_is,
-            "model_flops": run.model_flops(task, range(min(task.num_steps, 8))), "rows": rows,
+            "model_flops": asked, "rows": rows,
             "left_out": left_out}
 
 

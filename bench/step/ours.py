@@ -1,6 +1,7 @@
 """The engine's own step, `train.step.TrainStep`, from the recipe."""
 
 import dataclasses
+from functools import partial
 
 import torch
 
@@ -12,7 +13,8 @@ from .work import Work, to_float
 from .worker import Batches
 
 
-def loop(work: Work, batches: Batches, *, target_precision: str = "same") -> None:
+def loop(work: Work, batches: Batches, *, target_precision: str = "same", has_features: bool = False) -> None:
+    """`has_features`: V-JEPA 2-AC from features of its frozen encoder, computed before."""
     recipe = dataclasses.replace(work.recipe, train=dataclasses.replace(work.recipe.train,
                                                                         target_precision=target_precision))
     world = distributed.start(recipe.train.device)
@@ -24,7 +26,7 @@ def loop(work: Work, batches: Batches, *, target_precision: str = "same") -> Non
     objective.to(world.device)
     take_step = TrainStep(recipe, objective, build_optimizer(recipe, objective), work.horizon, world)
     batches.regions(**regions_of(work, objective))
-    batches.prepare(lambda inputs: inputs)
+    batches.prepare(partial(with_features, work, objective) if has_features else lambda inputs: inputs)
     for step, (inputs, _) in enumerate(batches):
         losses, _ = take_step(on_device(inputs, work), step)
         batches.record(losses["loss"])
@@ -39,9 +41,18 @@ def regions_of(work: Work, objective) -> dict:
             "predictor": (objective.predictor, "forward")}
 
 
+def with_features(work: Work, objective, inputs: dict) -> dict:
+    """The batch as a feature cache gives it, on the host: features in place of clips, and whose they are."""
+    with torch.autocast(work.device.type, torch.bfloat16, enabled=work.recipe.train.precision == "bf16"):
+        features = objective.encode(to_float("clips", inputs["clips"].to(work.device)))
+        rest = {name: value for name, value in inputs.items() if name != "clips"}
+        return rest | {"features": features.cpu(), "encoder": objective.encoder_name()}
+
+
 def on_device(inputs: dict, work: Work) -> dict:
     """What the data loader's processes hand over, uint8 -> what an objective takes: the loader's last step."""
-    batch = {name: value.to(work.device, non_blocking=True) for name, value in inputs.items()}
+    batch = {name: value.to(work.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+             for name, value in inputs.items()}
     for name in ("images", "clips"):
         if name in batch and batch[name].dtype == torch.uint8:
             batch[name] = to_float(name, batch[name])

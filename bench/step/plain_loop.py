@@ -53,6 +53,7 @@ def loop(work: Work, batches: Batches, *, manner: Manner) -> None:
     groups = param_groups(trained, 0.0)
     # PyTorch's own AdamW with its own default of foreach or not, or its fused version
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=manner.is_fused or None)
+    torch.backends.cudnn.benchmark = True
     if manner.keeps_memory and work.device.type == "cpu":
         keep_freed_memory()
     is_half, device = recipe.train.precision == "bf16", work.device

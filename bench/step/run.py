@@ -80,6 +80,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
+        """Of one provider."""
         return CHECKED_STEPS + self.warmup + self.rounds * self.steps + 2
 
 
@@ -117,7 +118,7 @@ def measure(work: Work, plan: Plan) -> tuple[list[dict], dict[str, str]]:
                     results[worker.name]["last_loss"] = answer["losses"][-1]
             for worker in workers:
                 results[worker.name] |= worker.ask("profile", 1)["profile"]
-                if worker.name in ("official", "official style"):
+                if worker.name in ("official", "official style", "tuned"):
                     results[worker.name]["flops"] = worker.ask("profile", 1, flops=True)["profile"]["flops"]
         finally:
             for worker in workers:
@@ -186,8 +187,8 @@ def peak_of(device: torch.device, precision: str, ceilings: dict[str, float]) ->
     return (peak, f"{peak / 1e12:.0f} TFLOP/s") if peak else (ceilings["flop_per_s"], "that product")
 
 
-def model_flops(work: Work, steps: Iterable[int]) -> float:
-    """What the algorithm asks for in one step: the mean over the masks of these."""
+def flops(work: Work, steps: Iterable[int]) -> tuple[float, float]:
+    """What the algorithm asks for in one step, and what our engine executes: means over the masks of these."""
     recipe, counts = work.recipe, []
     inputs = {name: value.to("meta") if name in ("images", "clips") else value for name, value in work.inputs()[0].items()}
     if work.family == "lejepa":
@@ -198,8 +199,9 @@ def model_flops(work: Work, steps: Iterable[int]) -> float:
         if masking:
             batch["masks"] = masking.sample(recipe.objective.encoder.grid, recipe.train.batch_size, seed=recipe.train.seed,
                                             step=step, first_sample=0).pack()
-        counts.append(step_work(recipe.objective, batch).model_flops)
-    return statistics.mean(counts)
+        counted = step_work(recipe.objective, batch, recompute=recipe.train.activations == "checkpoint")
+        counts.append((counted.model_flops, counted.hardware_flops))
+    return tuple(statistics.mean(values) for values in zip(*counts, strict=True))
 
 
 def commit_of(checkout: pathlib.Path | None) -> str | None:

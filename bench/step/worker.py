@@ -35,7 +35,7 @@ class Batches:
     def __init__(self, task: work.Work, answers, convert: Callable = lambda inputs, masks: (inputs, masks)):
         self.work, self.answers, self.convert = task, answers, convert
         self.is_cuda = task.device.type == "cuda"
-        self.masks = task.masks()
+        self.masks = [_pinned(masks, self.is_cuda) for masks in task.masks()]
         self.inputs: list | None = None
         self.step = self.remaining = 0
         self.command: dict | None = None
@@ -69,10 +69,10 @@ class Batches:
             self._answer()
             self._wait()
         self.remaining -= 1
-        masks = self.masks[self.step % len(self.masks)]
+        masks = self.masks[self.step]
         inputs = self.inputs[self.step % len(self.inputs)]
         self.step += 1
-        return self.convert(inputs, _pinned(masks, self.is_cuda))
+        return self.convert(inputs, masks)
 
     def _answer(self) -> None:
         if self.is_cuda:
