@@ -20,8 +20,9 @@ USAGE = """usage: jepa-fast COMMAND ...
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
-  bench ops | step | video-step | video-memory | plan
-                                              ratios against plain PyTorch, measured in one run
+  bench step --config RECIPE [--official PATH]
+                                              whole steps: the authors' code, tuned PyTorch, ours, in one run
+  bench ops | video-memory | plan             ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
