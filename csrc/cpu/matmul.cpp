@@ -79,31 +79,39 @@ void pack_tile(const Operand& x, int64_t row, int64_t k, Step& out, int half, La
   const float* paired = p + kTile * x.k_stride;
   const __mmask16 mask = first_lanes(kIsAlongK ? depth : rows), paired_mask = kIsAlongK ? first_lanes(depth - kTile) : mask;
   const int64_t end = kIsAlongK ? rows : depth, paired_end = kIsAlongK ? rows : depth - kTile;
-  Vec planes[3][kTile];
 #pragma GCC unroll 4
   for (int i = 0; i < kTile; ++i) {
     Vec low = _mm512_maskz_loadu_ps(i < end ? mask : 0, p + i * stride);
     Vec high = _mm512_maskz_loadu_ps(i < paired_end ? paired_mask : 0, paired + i * stride);
-#pragma GCC unroll 3
-    for (int plane = 0; plane < 2; ++plane) {
-      const UVec low_nearest = take_nearest(low), high_nearest = take_nearest(high);
-      planes[plane][i] = (Vec)pair(low_nearest, high_nearest);
-    }
-    planes[2][i] = (Vec)pair((UVec)low, (UVec)high);  // what is left has 8 bits at most
-    largest.add((UVec)planes[0][i]);
+    const UVec low1 = take_nearest(low), high1 = take_nearest(high), first = pair(low1, high1);
+    const UVec low2 = take_nearest(low), high2 = take_nearest(high);
+    largest.add(first);
+    store((float*)out.tiles[0][half][i], (Vec)first);
+    store((float*)out.tiles[1][half][i], (Vec)pair(low2, high2));
+    store((float*)out.tiles[2][half][i], (Vec)pair((UVec)low, (UVec)high));  // what is left has 8 bits at most
   }
+  if (kIsA == kIsAlongK) return;
   for (int plane = 0; plane < 3; ++plane) {
-    if (kIsA != kIsAlongK) transpose(planes[plane]);
-    for (int i = 0; i < kTile; ++i) store((float*)out.tiles[plane][half][i], planes[plane][i]);
+    Vec rows[kTile];
+    for (int i = 0; i < kTile; ++i) rows[i] = load((float*)out.tiles[plane][half][i]);
+    transpose(rows);
+    for (int i = 0; i < kTile; ++i) store((float*)out.tiles[plane][half][i], rows[i]);
   }
 }
 
 template <bool kIsA, bool kIsAlongK>
 void pack_as(const Operand& x, int64_t panel, int64_t panels, int64_t k, int64_t steps, Step* out, Largest& largest) {
-  for (int64_t s = 0; s < steps; ++s)  // the panels of one k after each other: across k they are neighbours in memory
+  const auto pack_step = [&](int64_t i, int64_t s) {
+    for (int half = 0; half < 2; ++half)
+      pack_tile<kIsA, kIsAlongK>(x, (panel + i) * kPanel + half * kTile, k + s * kDepth, out[i * steps + s], half, largest);
+  };
+  if (kIsAlongK) {
     for (int64_t i = 0; i < panels; ++i)
-      for (int half = 0; half < 2; ++half)
-        pack_tile<kIsA, kIsAlongK>(x, (panel + i) * kPanel + half * kTile, k + s * kDepth, out[i * steps + s], half, largest);
+      for (int64_t s = 0; s < steps; ++s) pack_step(i, s);
+  } else {
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t i = 0; i < panels; ++i) pack_step(i, s);
+  }
 }
 
 // panels of x from k on, `steps` Steps each
