@@ -29,8 +29,8 @@ namespace {
 constexpr int kTile = 16;                             // rows of a tile, 64 bytes each
 constexpr int kDepth = 32;                            // of k in a tile of bfloat16
 constexpr int kPanel = 2 * kTile;                     // rows of a, and columns of b, multiplied at once
-constexpr int64_t kChunk = 512, kPackedDepth = 2048;  // of k: in one sum; of the smaller operand packed at a time
-constexpr int64_t kBlockRows = 256;                   // of the larger operand packed at a time: 768 KiB
+constexpr int64_t kMaxChunk = 384;       // of k in one sum
+constexpr int64_t kResidentSteps = 200;  // Steps of the smaller operand that stay in the cache: 1.2 MB
 constexpr uint16_t kSmallest = (127 - 50) << 7, kLargest = (127 + 50) << 7;  // 2^-50 and 2^50 in bfloat16
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -184,63 +184,50 @@ struct Output {
   }
 };
 
-// `large` is packed in blocks by the thread that multiplies them, `small` once for all
+// chunk by chunk of k: the smaller operand is packed once for all, then the larger one a panel at a time by the thread
+// that multiplies it
 struct Product {
   Operand large, small;
   Output out;
 
-  // k from `begin` to `end` of the panels [first, last) of small with a block of large
-  void multiply_block(int64_t block, int64_t first, int64_t last, int64_t begin, int64_t end, const Step* packed_small,
-                      Step* packed_large, Largest& largest) const {
-    constexpr int64_t kBlockPanels = kBlockRows / kPanel;
-    const int64_t panels = divide_up(std::min(kBlockRows, large.rows - block * kBlockRows), kPanel);
-    const int64_t small_steps = divide_up(end - begin, kDepth);
+  // one panel of large with the panels [first, last) of small
+  void multiply_panel(int64_t panel, const Step* packed, int64_t first, int64_t last, const Step* packed_small,
+                      int64_t steps, bool is_first_chunk) const {
     alignas(64) float sums[kPanel * kPanel];
-    for (int64_t k = begin; k < end; k += kChunk) {
-      const int64_t steps = divide_up(std::min(kChunk, end - k), kDepth);
-      pack(large, block * kBlockPanels, panels, k, steps, packed_large, largest);
-      for (int64_t j = first; j < last; ++j)
-        for (int64_t i = 0; i < panels; ++i) {
-          const Step* ours = packed_large + i * steps;
-          const Step* theirs = packed_small + j * small_steps + (k - begin) / kDepth;
-          const int64_t row = (block * kBlockPanels + i) * kPanel, column = j * kPanel;
-          if (large.is_a) {
-            out.prefetch(row, column);
-            multiply(ours, theirs, steps, sums);
-            out.write(sums, row, column, k == 0);
-          } else {
-            out.prefetch(column, row);
-            multiply(theirs, ours, steps, sums);
-            out.write(sums, column, row, k == 0);
-          }
-        }
+    for (int64_t j = first; j < last; ++j) {
+      const Step* theirs = packed_small + j * steps;
+      const int64_t row = (large.is_a ? panel : j) * kPanel, column = (large.is_a ? j : panel) * kPanel;
+      out.prefetch(row, column);
+      multiply(large.is_a ? packed : theirs, large.is_a ? theirs : packed, steps, sums);
+      out.write(sums, row, column, is_first_chunk);
     }
   }
 
   bool run() const {
-    const int64_t K = small.depth, panels = divide_up(small.rows, kPanel), blocks = divide_up(large.rows, kBlockRows);
-    const int64_t max_steps = divide_up(std::min(K, kPackedDepth), kDepth);
-    const int64_t block_panels = divide_up(std::min(kBlockRows, large.rows), kPanel);
-    const std::unique_ptr<Step[]> packed_small(new Step[panels * max_steps]);
+    const int64_t K = small.depth, small_panels = divide_up(small.rows, kPanel), large_panels = divide_up(large.rows, kPanel);
+    const int64_t chunk_steps = divide_up(divide_up(K, divide_up(K, kMaxChunk)), kDepth);  // of equal size
+    const int64_t groups = divide_up(small_panels * chunk_steps, kResidentSteps);
+    const int64_t group_panels = divide_up(small_panels, groups);
+    const std::unique_ptr<Step[]> packed_small(new Step[small_panels * chunk_steps]);
     std::atomic<uint16_t> largest_small{0}, largest_large{0};
-    for (int64_t begin = 0; begin < K; begin += kPackedDepth) {
-      const int64_t end = std::min(K, begin + kPackedDepth), steps = divide_up(end - begin, kDepth);
-      torch::stable::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    for (int64_t k = 0; k < K; k += chunk_steps * kDepth) {
+      const int64_t steps = std::min(chunk_steps, divide_up(K - k, kDepth));
+      torch::stable::parallel_for(0, small_panels, 1, [&](int64_t begin, int64_t end) {
         Largest largest;
-        pack(small, first, last - first, begin, steps, packed_small.get() + first * steps, largest);
+        pack(small, begin, end - begin, k, steps, packed_small.get() + begin * steps, largest);
         largest.give(largest_small);
       });
       if (largest_small > kLargest) return false;
-      // an item is a panel of small with a block of large, which is packed when the first of its items comes
-      torch::stable::parallel_for(0, blocks * panels, 1, [&](int64_t first, int64_t last) {
-        const std::unique_ptr<Step[]> packed_large(new Step[block_panels * std::min(max_steps, kChunk / kDepth)]);
+      // an item is a panel of large with a group of panels of small, which stay in the cache for the next item
+      torch::stable::parallel_for(0, groups * large_panels, 1, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<Step[]> packed(new Step[steps]);
         Largest largest;
         configure_tiles();
-        for (int64_t item = first; item < last;) {
-          const int64_t block = item / panels, until = std::min(last, (block + 1) * panels);
-          multiply_block(block, item - block * panels, until - block * panels, begin, end, packed_small.get(),
-                         packed_large.get(), largest);
-          item = until;
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t first = item / large_panels * group_panels, panel = item % large_panels;
+          pack(large, panel, 1, k, steps, packed.get(), largest);
+          multiply_panel(panel, packed.get(), first, std::min(small_panels, first + group_panels), packed_small.get(),
+                         steps, k == 0);
         }
         release_tiles();
         largest.give(largest_large);
