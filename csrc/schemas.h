@@ -12,6 +12,8 @@ void define_ops(Library& m) {
   m.def("scatter_tokens(Tensor values, Tensor index, Tensor? fill, Tensor? positions, Tensor(a!) out) -> ()");
   m.def("gather_patches(Tensor pixels, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
   m.def("scatter_patches(Tensor patches, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
+  m.def("crop_resize(Tensor images, Tensor? layout, Tensor boxes, Tensor image_index, Tensor? flips, Tensor? mean, "
+        "Tensor? std, Tensor(a!) out) -> ()");
   // q, k, v, out, gradients [P, H, d], last dimension contiguous; lse [H, P] float32; cu_seqlens int32 on the CPU
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -46,6 +48,9 @@ void define_ops(Library& m) {
   m.def("philox_words(Tensor step, int seed, int first, Tensor(a!) words) -> ()");
   m.def("bias_gelu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) grad_bias) -> ()");
+  // CPU only; false: out of range, and out is not valid, see csrc/cpu/matmul.cpp
+  m.def("has_amx(Tensor any) -> bool");
+  m.def("matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> bool");
   // CUDA only, as what follows: rows [P, D]; residual and summed, grad_summed and grad_x are of the stream, see
   // csrc/cuda/layer_norm.cu
   m.def("layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, "

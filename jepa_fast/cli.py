@@ -21,8 +21,9 @@ USAGE = """usage: jepa-fast COMMAND ...
   cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
   launch RECIPE [--nodes 2 --partition X ...] train as a SLURM job that comes back after pre-emptions and time limits
-  bench ops | step | video-step | video-memory | plan
-                                              ratios against plain PyTorch, measured in one run
+  bench step --config RECIPE [--official PATH]
+                                              whole steps: the authors' code, tuned PyTorch, ours, in one run
+  bench ops | video-memory | plan             ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
@@ -103,6 +104,10 @@ def train(argv: list[str]) -> None:
     else:
         warnings.simplefilter("ignore")
     run = run_training(recipe, folder, resume=arguments.resume)
+    if run.world.is_main:
+        from .train.meters import describe
+
+        print(*describe(run.summary, recipe), sep="\n")
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])
     elif run.world.is_main:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from jepa_fast.nn.block import Block, Sequences, use_copies_
+from jepa_fast.nn import block_compiled
+from jepa_fast.nn.block import Block, Sequences, configure_blocks_, use_copies_
 from jepa_fast.nn.rotary import axis_widths, grid_positions, rotary_table
 
 D, HEADS = 48, 3
@@ -94,6 +95,79 @@ def test_bytes_kept(activations, bytes_per_column):
     # beside the rows: two numbers per row and norm, one per row and head
     statistics = P * (4 * 4 + 4 * HEADS) if activations != "checkpoint" else 0
     assert P * D * bytes_per_column <= sum(kept.values()) <= P * D * bytes_per_column + statistics + 100
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """A compiler that traces as torch.compile does, and runs what it traced without generating code."""
+    def compile_with(backend: str):
+        torch._dynamo.reset()
+        function = torch.compile(block_compiled._plain_block, dynamic=True, backend=backend, fullgraph=True)
+        monkeypatch.setattr(block_compiled, "_compiled", lambda: function)
+    yield compile_with
+    torch._dynamo.reset()
+
+
+def test_compiled_block_equals_its_modules(compiled_by):
+    compiled_by("aot_eager")
+    block, seq = make(drop_path=0.5), sequences("rotary")
+    block.fusion = "compile"
+    x = torch.randn(24, D, dtype=torch.float64)
+    for ours, theirs in zip(run(block, block, x, seq), run(one_after_the_other, block, x, seq), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_block_in_bfloat16_takes_copies(compiled_by):
+    compiled_by("aot_eager")
+    block, seq, x = make(torch.float32), sequences("plain"), torch.randn(24, D)
+    use_copies_(block, {p: p.detach().bfloat16() for p in block.parameters()})
+    by_ops = run(block, block, x, seq, torch.bfloat16)
+    block.fusion = "compile"
+    compiled = run(block, block, x, seq, torch.bfloat16)
+    exact = run(one_after_the_other, make(), x.double(), seq)
+    for ours, theirs, exact_ in zip(compiled, by_ops, exact, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert (ours - exact_).norm() <= 2 * (theirs - exact_).norm() + 1e-6 * exact_.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        for copy in block.copies.values():
+            copy.zero_()
+        assert torch.equal(block(x, seq), x)
+
+
+def test_token_counts_do_not_recompile(compiled_by):
+    compiled_by("aot_eager")
+    block = make(torch.float32)
+    block.fusion = "compile"
+
+    def go(lengths):
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        block(torch.randn(sum(lengths), D, requires_grad=True), Sequences(ends, max(lengths))).sum().backward()
+
+    for lengths in ([5, 9, 3], [8, 2, 2, 7]):
+        go(lengths)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([3, 3], [11, 6, 4, 20, 7], [40, 2]):
+            go(lengths)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_choose_what_to_keep():
+    block = make()
+    block.fusion, block.activations = "compile", "lean"
+    with pytest.raises(ValueError, match="activations must be all, got 'lean'"):
+        block(torch.randn(24, D, dtype=torch.float64), sequences("plain"))
+
+
+def test_auto_takes_what_the_table_says(monkeypatch):
+    monkeypatch.setattr(block_compiled, "FASTEST", {"sm_90": {str(D): "compile"}})
+    block = make()
+    for architecture, activations, expected in (("sm_90", "all", "compile"), ("sm_90", "lean", "ops"),
+                                                ("cpu", "all", "ops")):
+        configure_blocks_(block, activations, "auto", architecture)
+        assert (block.fusion, block.activations) == (expected, activations)
+    configure_blocks_(block, "all", "compile", "cpu")
+    assert block.fusion == "compile"
 
 
 def test_copies_are_what_products_take():

@@ -1,13 +1,16 @@
 """The transformer block of every JEPA here, on packed tokens [P, D] with cu_seqlens."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bias_gelu, gather_tokens, varlen_attention, varlen_attention_qkv
+from .block_compiled import Fusion, compiled_block, fastest
 from .block_function import Activations, BlockWeights, How, block
+from .fp8 import Float8Weight
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,14 @@ class Block(nn.Module):
     """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x)).
 
     `drop_path` is the probability that a sequence skips a branch in training (stochastic depth); the kept ones are
-    scaled up by 1 / (1 - drop_path). `activations` says what the backward pass finds and what it computes again, see
-    block_function.
+    scaled up by 1 / (1 - drop_path). `activations` says what the backward pass finds and what it computes again, `fusion`
+    who fuses: see block_function and block_compiled.
     """
 
-    activations: Activations = "lean"
+    activations: Activations = "all"
+    fusion: Fusion = "ops"
     copies: dict[nn.Parameter, Tensor] | None = None  # of weights in a narrower dtype, kept up to date by the optimizer
+    float8: dict[nn.Parameter, Float8Weight] | None = None  # of weights where nothing trains, see fp8
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -128,11 +133,14 @@ class Block(nn.Module):
         weights = BlockWeights(*(parameter for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2,
                                                          self.mlp.fc1, self.mlp.fc2)
                                  for parameter in (layer.weight, layer.bias)))
-        return block(x, weights, self._in(dtype, weights), how)
+        compute = compiled_block if self.fusion == "compile" and self.float8 is None else block
+        return compute(x, weights, self._in(dtype, weights), how)
 
     def _in(self, dtype: torch.dtype, weights: BlockWeights) -> BlockWeights:
         """The weights of products in the dtype that these compute in: the optimizer's copies, or made here."""
-        def narrowed(weight: Tensor) -> Tensor:
+        def narrowed(weight: Tensor) -> Tensor | Float8Weight:
+            if self.float8 is not None and weight in self.float8:
+                return self.float8[weight]
             if weight.dtype == dtype:
                 return weight
             copy = None if self.copies is None else self.copies.get(weight)
@@ -179,8 +187,11 @@ def use_copies_(module: nn.Module, copies: dict[nn.Parameter, Tensor]) -> None:
             part.copies = {parameter: copies[parameter] for parameter in part.parameters() if parameter in copies}
 
 
-def set_activations_(module: nn.Module, activations: Activations) -> None:
-    """What every block of a module keeps for its backward pass."""
+def configure_blocks_(module: nn.Module, activations: Activations, fusion: Fusion | Literal["auto"],
+                      architecture: str) -> None:
+    """What every block of a module keeps for its backward pass, and who fuses; auto: what was measured as faster there."""
     for part in module.modules():
         if isinstance(part, Block):
-            part.activations = activations
+            part.activations, part.fusion = activations, fusion
+            if fusion == "auto":
+                part.fusion = fastest(architecture, part.norm1.weight.shape[0]) if activations == "all" else "ops"

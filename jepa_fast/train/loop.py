@@ -8,6 +8,7 @@ from ..data import steps_per_epoch
 from ..optim import Horizon
 from ..recipes import Recipe
 from . import distributed
+from .graph import GraphedStep
 from .parallel import parallelize
 from .preemption import Preempted, Preemption
 from .run import Run
@@ -34,19 +35,18 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
         run.start_from(pathlib.Path(config.start_from), objective, optimizer)
     num_steps = min(num_steps_of(horizon), config.max_steps or num_steps_of(horizon))
     take_step = TrainStep(recipe, objective, optimizer, horizon, world, model)
+    take_step = GraphedStep(take_step) if config.cuda_graphs else take_step
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
     run.start(step, num_steps)
     batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,
                                   num_steps=num_steps, rank=world.rank, world_size=world.size, device=world.device)
     try:
         with Preemption(world) as preemption:
-            for batch in batches:
+            for batch in run.meters.watch(batches):
                 losses, settings = take_step(batch, step)
                 step += 1
-                run.check(step, losses)
-                if step % config.log_every == 0 or step == num_steps:
-                    run.log(step, step / horizon.steps_per_epoch, losses, settings)
-                run.tick(step)
+                run.record(step, step / horizon.steps_per_epoch, losses, settings, take_step.work,
+                           is_log_step=step % config.log_every == 0 or step == num_steps)
                 if step % save_every == 0 or step == num_steps:
                     run.save(step, objective, optimizer)
                 if preemption.requested() and step < num_steps:
