@@ -9,6 +9,7 @@ What a target encoder averages is cut as its source is, so that optimizer and mo
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +32,8 @@ def parallelize(objective: nn.Module, recipe: Recipe, world: World) -> nn.Module
         return objective
     check_equal(objective)
     if shards > 1:
+        if getattr(recipe.data, "features", None):
+            objective.encoder_name()  # which reads the whole weights, once
         return shard(objective, shards, world, recipe.train.precision)
     # no gradient buckets and no broadcasts of a target encoder, nor of anything else that does not train
     still = [name for name, p in objective.named_parameters() if not p.requires_grad]
@@ -59,6 +62,8 @@ def shard(objective: nn.Module, shards: int, world: World, precision: str) -> nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # keys and values that a block returns are views; nothing here changes them in place
+    warnings.filterwarnings("ignore", ".*An in-place op on this view")
     replicas = world.size // shards
     shape, axes = ((shards,), ("shard",)) if replicas == 1 else ((replicas, shards), ("replicate", "shard"))
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=axes)
