@@ -41,7 +41,7 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
     batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,
                                   num_steps=num_steps, rank=world.rank, world_size=world.size, device=world.device)
     try:
-        with Preemption(world) as preemption:
+        with Preemption(world, config.timeout_s) as preemption:
             for batch in run.meters.watch(batches):
                 losses, settings = take_step(batch, step)
                 step += 1

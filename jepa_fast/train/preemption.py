@@ -1,5 +1,6 @@
 """A scheduler's signal: finish the step, save, and leave with an exit code that says to start again."""
 
+import datetime
 import os
 import signal
 import sys
@@ -30,9 +31,10 @@ class Preemption:
     read after it, so that nothing waits for the device, and nearly never for other ranks.
     """
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, timeout_s: float = 600.0):
         self.world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        timeout = datetime.timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         self._pid = os.getpid()
         self._first: float | None = None
         self._sum: tuple[torch.Tensor, dist.Work] | None = None
