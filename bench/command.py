@@ -27,6 +27,11 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["scale"]:
+        from .scale_command import main as bench_scale
+
+        bench_scale(argv[1:])
+        return
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
     measure_rows = {"ops": ops_rows, "step": step_rows, "video-step": video_step_rows, "video-memory": video_memory_rows,
                     "plan": plan_rows}[arguments.what]

@@ -20,6 +20,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
   bench ops | step | video-step | video-memory | plan
                                               ratios against plain PyTorch, measured in one run
+  bench scale --config RECIPE --step-ms MS    what a measured step would become on 1 to 1,024 GPUs, on paper
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
