@@ -149,4 +149,5 @@ def draw(result: dict, path: pathlib.Path) -> None:
         efficiency.set(title="efficiency, predicted", xlabel="GPUs", ylabel="% of one GPU's rate", ylim=(0, 105))
         for ax in (rate, efficiency):
             ax.set_xscale("log", base=2)
+            ax.set_xticks(gpus[::2], [str(n) for n in gpus[::2]])
             ax.legend()

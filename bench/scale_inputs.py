@@ -5,6 +5,7 @@ import statistics
 import torch
 
 from jepa_fast.models.encoder import VisionTransformerConfig
+from jepa_fast.models.flops import transformer
 from jepa_fast.nn.block import Block
 from jepa_fast.objectives.action_conditioned import ActionConditionedConfig
 from jepa_fast.objectives.flops import step_work
@@ -68,8 +69,6 @@ def empty_batch(recipe: Recipe, B: int) -> dict:
 
 def frozen_flops(config, batch: dict) -> float:
     """Operations of the encoder that does not train."""
-    from jepa_fast.models.flops import transformer
-
     if isinstance(config, LeJEPAConfig):
         return 0.0
     if isinstance(config, ActionConditionedConfig):

@@ -13,6 +13,7 @@ from jepa_fast.eval.collapse import collapse_monitors
 from jepa_fast.train import run as run_module
 from jepa_fast.train.distributed import World
 from jepa_fast.train.loop import train
+from jepa_fast.train.meters import describe
 from jepa_fast.train.metrics_file import MetricsFile, read_metrics
 from jepa_fast.train.statistics import LateCopy, NotFinite, Statistics
 
@@ -146,6 +147,26 @@ def test_recording_reads_nothing_from_the_device():
     assert [row.step for row in statistics.flush()] == [2, 4, 6]
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_never_waited_for():
+    device = torch.device("cuda")
+    statistics = Statistics(World(0, 1, device), 8)
+    values = [{name: value.to(device) for name, value in losses(step).items()} for step in range(1, 9)]
+    features = torch.randn(300, 16, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 9):
+            statistics.record(step, values[step - 1])
+            if step == 4:
+                statistics.send(step, features)
+            list(statistics.arrived())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    statistics.send(8)
+    rows = list(statistics.flush())
+    assert rows[-1].values == expected(8)
+
+
 def tiny(**train_changes) -> recipes.Recipe:
     recipe = recipes.get_recipe("lejepa_mnist")
     objective = dataclasses.replace(recipe.objective, encoder=dataclasses.replace(recipe.objective.encoder, width=4),
@@ -167,6 +188,9 @@ def test_a_run_writes_the_same_rows_late(tmp_path, monkeypatch):
             for name in ("direct", "late", "resumed")}
     assert [row[0] for row in rows["direct"]] == ["2", "4", "6", "7"]
     assert rows["late"] == rows["direct"]
+    # a life without a step left
+    finished = train(tiny(), tmp_path / "resumed", resume=True)
+    assert describe(finished.summary, tiny()) == ["lejepa_mnist: no step was left at 7"]
     # the first life logged its last step, 5
     assert [row for row in rows["resumed"] if row[0] != "5"] == rows["direct"]
     assert [row[0] for row in rows["resumed"]] == ["2", "4", "5", "6", "7"]

@@ -201,6 +201,8 @@ def device_name(device: torch.device) -> str:
 
 def describe(summary: dict, recipe: Recipe) -> list[str]:
     """The end of a run in words: one line, and one that says what to change where the device waited for data."""
+    if summary["last_step"] == summary["first_step"]:
+        return [f"{summary['recipe']}: no step was left at {summary['first_step']}"]
     noun = next(noun for noun in SHORT if noun in summary)
     parts = [f"{summary[f'{noun}_per_s']:.4g} {noun}/s",
              *([f"{summary['tokens_per_s']:.3g} tokens/s"] if "tokens_per_s" in summary else []),
