@@ -170,6 +170,9 @@ def test_padding_runs_but_is_not_asked_for(name):
     assert work.hardware_flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
     assert work.hardware_flops > true.hardware_flops
     assert (work.model_flops, work.tokens) == (true.model_flops, true.tokens)
+    masks = padded["masks"] if isinstance(padded["masks"], PackedMasks) else padded["masks"][0]
+    more = len(masks.context_idx) + len(masks.predictor_idx) - masks.counts.context - masks.counts.predictor
+    assert (work.padding_tokens, true.padding_tokens) == (more, 0) and more > 0
 
 
 def test_ragged_masks_count_their_true_lengths():

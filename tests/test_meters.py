@@ -63,7 +63,7 @@ def test_rates_by_hand(monkeypatch):
     rows = []
     for step, _ in enumerate(meters.watch(batches(time, [4.0, 0.5, 0.5, 0.5])), start=11):
         time.now += 4.0 if step == 11 else 1.5
-        meters.step(step, Work(tokens=1000, model_flops=5e11, hardware_flops=8e11))
+        meters.step(step, Work(1000, 5e11, 8e11, padding_tokens=50))
         if step in (11, 14):
             rows.append(meters.read(step, meters.note()))
     first, rest = rows
@@ -78,8 +78,10 @@ def test_rates_by_hand(monkeypatch):
     assert (summary["data_wait_percent"], summary["step_ms_p99"], summary["wall_s"]) == (25.0, 2000.0, 14.0)
     assert (summary["energy_j"], summary["energy_j_per_sample"]) == (42.0, pytest.approx(42 / 4 / 3072, rel=1e-5))
     assert (summary["model_tflop_per_step"], summary["peak_tflop_per_s"]) == (0.5, 1.0)
+    assert summary["padding_percent"] == 5.0
     line, hint = describe(summary, recipe)
-    assert "MFU 25.0 %, HFU 40.0 %" in line and "25 % waiting for data" in line and "1536 clips/s" in line
+    for part in ("MFU 25.0 %, HFU 40.0 %", "25 % waiting for data", "1536 clips/s", "5.0 % padding"):
+        assert part in line
     assert hint == data_hint(recipe)
 
 

@@ -44,7 +44,7 @@ def _masked(encoder, predictor, patch_values: int, masks: PackedMasks, recompute
     """The algorithm's work is that of the true tokens; what runs has the padding too."""
     asked, done = (prediction_work(encoder, predictor, patch_values, _targets(masks), counts, recompute=recompute)
                    for counts in (masks.counts, _with_padding(masks)))
-    return Work(asked.tokens, asked.model_flops, done.hardware_flops)
+    return Work(asked.tokens, asked.model_flops, done.hardware_flops, done.tokens - asked.tokens)
 
 
 def _with_padding(masks: PackedMasks) -> MaskCounts:

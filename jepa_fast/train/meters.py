@@ -156,6 +156,7 @@ class Meters:
             "model_tflop_per_step": window[2].model_flops / max(window[1], 1) / 1e12,
             "model_tflop_per_s": window[2].model_flops / max(window[0], 1e-9) / 1e12,
             "peak_tflop_per_s": None if self.peak is None else self.peak / 1e12,
+            "padding_percent": 100 * window[2].padding_tokens / max(window[2].tokens, 1),
             "data_wait_percent": wait, "peak_memory_mib": memory,
             "energy_j": joules, "energy_j_per_sample": None if joules is None else joules / max(samples, 1),
             "energy": self._energy.reason or "of all ranks' devices, from NVML",
@@ -211,6 +212,8 @@ def describe(summary: dict, recipe: Recipe) -> list[str]:
         parts.append(f"{summary['model_tflop_per_s']:.3g} TFLOP/s")
     else:
         parts.append(f"MFU {summary['mfu_percent']:.1f} %, HFU {summary['hfu_percent']:.1f} %")
+    if summary["padding_percent"]:
+        parts.append(f"{summary['padding_percent']:.1f} % padding")
     parts += [f"{summary['data_wait_percent']:.0f} % waiting for data", f"{summary['peak_memory_mib']:.0f} MiB"]
     if summary["energy_j"] is not None:
         parts.append(f"{summary['energy_j_per_sample']:.3g} J per {noun[:-1]}")
