@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
 def scale(arguments: Arguments) -> dict:
     """Rows and everything they rest on."""
     recipe = recipes.get_recipe(arguments.config)
-    ms, batch_size, measured = measured_step(arguments, recipe)
+    ms, batch_size, precision, measured = measured_step(arguments, recipe)
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision=precision))
     step = step_of(recipe, ms, batch_size)
     train, is_image = recipe.train, "images" == noun_of(recipe)
     per_epoch = arguments.samples_per_epoch or (train.steps_per_epoch * train.batch_size if train.steps_per_epoch
@@ -62,8 +63,8 @@ def scale(arguments: Arguments) -> dict:
             "assumptions": assumptions(step, run, arguments.links, measured, per_epoch, train.epochs)}
 
 
-def measured_step(arguments: Arguments, recipe: recipes.Recipe) -> tuple[float, int, str]:
-    """Milliseconds, samples, and where they are from."""
+def measured_step(arguments: Arguments, recipe: recipes.Recipe) -> tuple[float, int, str, str]:
+    """Milliseconds, samples, precision, and where they are from."""
     if (arguments.step_ms is None) == (arguments.source is None):
         raise ValueError("pass either --step-ms MS, of one GPU, or --from FILE, the result.json of `jepa-fast bench step`")
     masking = getattr(recipe.objective, "masking", None)
@@ -72,7 +73,7 @@ def measured_step(arguments: Arguments, recipe: recipes.Recipe) -> tuple[float, 
         batch_size = arguments.batch_size or group
         if batch_size is None:
             raise ValueError("pass --batch-size, the samples in the step of --step-ms")
-        return arguments.step_ms, batch_size, f"{arguments.step_ms:g} ms as given"
+        return arguments.step_ms, batch_size, recipe.train.precision, f"{arguments.step_ms:g} ms as given"
     result = json.loads(arguments.source.read_text())
     row = next((row for row in result.get("rows", []) if row.get("provider") == arguments.provider), None)
     if row is None or "ms" not in row:
@@ -81,18 +82,19 @@ def measured_step(arguments: Arguments, recipe: recipes.Recipe) -> tuple[float, 
     if result.get("recipe", recipe.name) != recipe.name:
         raise ValueError(f"{arguments.source} is of {result['recipe']}, not of {recipe.name}: pass --config "
                          f"{result['recipe']}")
-    batch_size = arguments.batch_size or result.get("batch_size")
-    if batch_size is None:
-        raise ValueError(f"{arguments.source} does not say its batch size: pass --batch-size")
-    device = result.get("device") or result.get("provenance", {}).get("device", "unknown device")
-    return row["ms"], batch_size, f"{row['ms']:.4g} ms, measured: {arguments.provider} on {device}, {arguments.source}"
+    if not result.get("is_official_size", True):
+        raise ValueError(f"{arguments.source} was measured at another size than the recipe's: {result.get('case')}")
+    if arguments.batch_size not in (None, result["batch_size"]):
+        raise ValueError(f"--batch-size {arguments.batch_size} is not that of {arguments.source}, {result['batch_size']}")
+    return row["ms"], result["batch_size"], result["precision"], (
+        f"{row['ms']:.4g} ms, measured: {arguments.provider} on {result['device']}, {arguments.source}")
 
 
 def assumptions(step: Step, run: Run, links: Links, measured: str, per_epoch: float, epochs: float) -> list[str]:
     batch = "batch_size on every GPU" if run.global_batch is None else f"the recipe's batch of {run.global_batch}"
     decode = "not known for clips" if run.samples_per_core_s is None else f"{run.samples_per_core_s:g} samples/s per core"
     return [
-        f"a paper model, not a measurement; step of {step.batch_size} samples on one GPU: {measured}",
+        f"a paper model, not a measurement; step of {step.batch_size} samples on one GPU, {step.precision}: {measured}",
         f"compute in proportion to the samples per GPU, {batch}; {epochs:g} epochs of {per_epoch:,.0f} samples",
         f"links per GPU and direction: {links.node_gb_s:g} GB/s in a node of {links.gpus_per_node}, {links.network_gb_s:g} "
         f"GB/s between nodes, {100 * links.efficiency:g} % of both reached, {links.latency_us:g} us a round",

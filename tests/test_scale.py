@@ -120,7 +120,7 @@ def test_every_objective_has_a_step(name):
 
 
 def test_the_command_writes_and_prints_its_assumptions(tmp_path, capsys):
-    result = {"recipe": "ijepa_vits16", "batch_size": 16, "device": "NVIDIA H200",
+    result = {"recipe": "ijepa_vits16", "batch_size": 16, "precision": "fp32", "device": "NVIDIA H200",
               "rows": [{"provider": "official", "ms": 40.0}, {"provider": "ours", "ms": 20.0}]}
     (tmp_path / "result.json").write_text(json.dumps(result))
     main(["--config", "ijepa_vits16", "--from", str(tmp_path / "result.json"), "--out", str(tmp_path), "--max-gpus", "16",
@@ -128,6 +128,7 @@ def test_the_command_writes_and_prints_its_assumptions(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "20 ms, measured: ours on NVIDIA H200" in out and "900 GB/s in a node of 8" in out and "not measured" in out
     saved = json.loads((tmp_path / "scale.json").read_text())
+    assert saved["step"]["precision"] == "fp32"
     assert saved["rows"][0]["samples_per_s"] == pytest.approx(16 / 0.020)
     assert len((tmp_path / "scale.csv").read_text().splitlines()) == 1 + len(saved["rows"]) == 11
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
@@ -151,6 +152,10 @@ def test_a_file_of_something_else_is_named(tmp_path):
         main(["--config", "vjepa_vitl16", *source])
     with pytest.raises(ValueError, match="is of vjepa_vitl16, not of ijepa_vits16: pass --config vjepa_vitl16"):
         main(["--config", "ijepa_vits16", "--provider", "tuned", *source])
+    small = {"batch_size": 2, "is_official_size": False, "case": "vits16-112", "rows": [{"provider": "ours", "ms": 3}]}
+    (tmp_path / "result.json").write_text(json.dumps(small))
+    with pytest.raises(ValueError, match="was measured at another size than the recipe's: vits16-112"):
+        main(["--config", "ijepa_vits16", *source])
 
 
 @pytest.mark.parametrize(("change", "message"), [
