@@ -54,7 +54,7 @@ class Meters:
         self._energy = energy or EnergyCounter(world.device)
         self._marks: deque[tuple[int, object, Work]] = deque()
         self._durations: list[float] = []
-        self._waited_s, self._source = 0.0, None
+        self._waited_s, self._prefetcher = 0.0, None
         # steps up to the first log step start workers, compile and autotune: they count only where there are no others
         self._warmup: tuple[float, int, Work] | None = None
         self._steady = (0.0, 0, Work())
@@ -70,7 +70,8 @@ class Meters:
 
     def watch(self, batches) -> Iterator[dict]:
         """The batches, with the time that each is waited for; a prefetcher says itself how long that was (`waited_s`)."""
-        self._source, batches = batches, iter(batches)
+        self._prefetcher = batches if hasattr(batches, "waited_s") else None
+        batches = iter(batches)
         while True:
             begin = time.perf_counter()
             try:
@@ -83,7 +84,7 @@ class Meters:
             yield batch
 
     def _waited(self) -> float:
-        return getattr(self._source, "waited_s", self._waited_s)
+        return self._waited_s if self._prefetcher is None else self._prefetcher.waited_s
 
     def step(self, step: int, work: Work) -> None:
         """A step was launched."""
