@@ -85,6 +85,20 @@ def test_rates_by_hand(monkeypatch):
     assert hint == data_hint(recipe)
 
 
+def test_the_summary_is_of_all_ranks(monkeypatch):
+    """The other rank waited twice as long, took half the memory and half the energy."""
+    meters = Meters(recipes.get_recipe("ijepa_vith14"), World(0, 2, torch.device("cpu")))
+    other = torch.tensor([2.0, 0.5, 0.5], dtype=torch.float64)
+
+    def all_gather(ranks, mine):
+        for rank, value in zip(ranks, (mine, mine * other), strict=True):
+            rank.copy_(value)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    assert meters._over_ranks(3.0, 640.0, 10.0) == (6.0, 640.0, 15.0)
+    assert meters._over_ranks(3.0, 640.0, None) == (6.0, 640.0, None)
+
+
 def test_a_prefetcher_says_itself_how_long_it_was_waited_for(monkeypatch):
     time = Time(monkeypatch)
 

@@ -9,7 +9,7 @@ import torch
 
 from jepa_fast import recipes
 from jepa_fast.data import SyntheticData
-from jepa_fast.eval.collapse import collapse_monitors
+from jepa_fast.eval.collapse import collapse_monitors, feature_moments, monitors_of_moments
 from jepa_fast.train import run as run_module
 from jepa_fast.train.distributed import World
 from jepa_fast.train.loop import train
@@ -127,6 +127,28 @@ def test_monitors_are_those_of_the_features():
         statistics.send(None, features.clone())
         (row,) = statistics.flush()
         assert row.values == expected(1) | {name: float(value) for name, value in collapse_monitors(features).items()}
+
+
+def test_rows_are_means_over_ranks_by_one_reduction(monkeypatch):
+    """The other rank's losses are three times ours, its features the same; nothing is reduced between log steps."""
+    reduced = []
+
+    def all_reduce(tensor):
+        is_moments = len(reduced) == 0
+        reduced.append(tuple(tensor.shape))
+        tensor.mul_(2 if is_moments else 4)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(World(0, 2, torch.device("cpu")), 3)
+    for step in (1, 2, 3):
+        statistics.record(step, losses(step))
+        assert not reduced
+    statistics.send(None, features)
+    (row,) = statistics.arrived()
+    assert reduced == [(7, 7), (3, 2)]
+    both = monitors_of_moments(2 * feature_moments(features))
+    assert row.values == {name: 2 * value for name, value in expected(3).items()} | {k: float(v) for k, v in both.items()}
 
 
 def test_recording_reads_nothing_from_the_device():
