@@ -1,6 +1,7 @@
-"""Videos in WebDataset shards: tar files whose members with one name before the first dot make a sample.
+"""Videos and images in WebDataset shards: tar files whose members with one name before the first dot make a sample.
 
     000017.mp4  000017.cls (an integer)  or  000017.json ({"label": an integer})
+    000018.jpg  000018.cls
 
 The shards are indexed once, by reading their headers; a sample is then one read at a known place. So an epoch's order,
 the slices of the ranks and a run that goes on at step n are the same functions of (seed, epoch, step) as for files, which
@@ -14,37 +15,39 @@ import re
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from .clips import EVERY_FOURTH, ClipSampling
 from .decoders import DecoderName
-from .images import printable
+from .images import ImageData, bad_file, check_in_chans, decode, printable
 from .video import PathList, Videos, extensions_for
 
 # shards whose samples are mixed; an epoch reads all of these before it opens others
 SHUFFLE_SHARDS = 16
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class VideoShards(Videos):
-    """The samples of tar files, in the order of their names and members.
+class Shards:
+    """The samples of tar files that have a member with one of the extensions, in the order of their names and members.
 
-    `shards`: names, each perhaps with numeric ranges ("train-{000..127}.tar") or wildcards; with `weights`, one weight
-    each. Without weights an epoch takes the shards in random order, SHUFFLE_SHARDS at a time, mixed among themselves.
+    `patterns`: names, each perhaps with numeric ranges ("train-{000..127}.tar") or wildcards. `sizes` are the samples of
+    each pattern, `shard_sizes` those of each file.
     """
 
-    def __init__(self, shards: Sequence[str], weights: Sequence[float] = (), sampling: ClipSampling = EVERY_FOURTH,
-                 decoder: DecoderName = "auto"):
-        self.files, names, labels, places, sizes, self.shard_sizes = [], [], [], [], [], []
-        patterns = [_expand(os.path.expanduser(pattern)) for pattern in shards]
+    def __init__(self, patterns: Sequence[str], extensions: tuple[str, ...], noun: str):
+        self.files, names, labels, places, self.sizes, self.shard_sizes = [], [], [], [], [], []
+        expanded = [_expand(os.path.expanduser(pattern)) for pattern in patterns]
         # threads: on a network file system this is waiting
         with ThreadPoolExecutor(16) as pool:
-            indices = pool.map(partial(_index, extensions=extensions_for(sampling)), chain.from_iterable(patterns))
-            for files in patterns:
+            indices = pool.map(partial(_index, extensions=extensions, noun=noun), chain.from_iterable(expanded))
+            for files in expanded:
                 before = len(names)
                 for file, samples in zip(files, indices, strict=False):
                     names += [name for name, _, _, _ in samples]
@@ -52,24 +55,29 @@ class VideoShards(Videos):
                     places += [(len(self.files), start, size) for _, _, start, size in samples]
                     self.shard_sizes.append(len(samples))
                     self.files.append(file)
-                sizes.append(len(names) - before)
+                self.sizes.append(len(names) - before)
         # which file, first byte, number of bytes
         self._places = np.array(places, dtype=np.int64)
         self._names = PathList(names)
-        class_names = [str(label) for label in range(max(labels) + 1)]
-        super().__init__(torch.tensor(labels), class_names, sizes, weights, sampling, decoder)
+        self.labels = torch.tensor(labels)
+        self.class_names = [str(label) for label in range(max(labels) + 1)]
 
-    def source(self, index: int) -> tuple[str, bytes]:
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def name(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        return f"{self.files[self._places[index, 0]]}/{self._names[index]}"
+
+    def read(self, index: int) -> bytes:
         shard, start, size = self._places[index].tolist()
         with open(self.files[shard], "rb") as file:
             file.seek(start)
-            return f"{self.files[shard]}/{self._names[index]}", file.read(size)
+            return file.read(size)
 
     def order(self, generator: Generator) -> Tensor:
-        if self.weights:
-            return super().order(generator)
+        """The shards in random order, SHUFFLE_SHARDS at a time, their samples mixed among themselves."""
         ends = np.cumsum(self.shard_sizes).tolist()
         shards = torch.randperm(len(self.files), generator=generator).tolist()
         parts = []
@@ -78,6 +86,61 @@ class VideoShards(Videos):
                                for shard in shards[first:first + SHUFFLE_SHARDS]])
             parts.append(group[torch.randperm(len(group), generator=generator)])
         return torch.cat(parts)
+
+
+class VideoShards(Videos):
+    """The videos of tar files; with `weights`, one for each entry of `shards`, drawn with replacement, else see `Shards`."""
+
+    def __init__(self, shards: Sequence[str], weights: Sequence[float] = (), sampling: ClipSampling = EVERY_FOURTH,
+                 decoder: DecoderName = "auto"):
+        self.shards = Shards(shards, extensions_for(sampling), "videos")
+        super().__init__(self.shards.labels, self.shards.class_names, self.shards.sizes, weights, sampling, decoder)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        return self.shards.shard_sizes
+
+    def source(self, index: int) -> tuple[str, bytes]:
+        return self.shards.name(index), self.shards.read(index)
+
+    def order(self, generator: Generator) -> Tensor:
+        return super().order(generator) if self.weights else self.shards.order(generator)
+
+
+class ImageShards:
+    """The images of tar files (jpg, png, webp), as `ImageFolder` gives those of a folder."""
+
+    def __init__(self, shards: Sequence[str], in_chans: int = 3):
+        check_in_chans(in_chans)
+        self.shards, self.in_chans = Shards(shards, IMAGE_EXTENSIONS, "images"), in_chans
+        self.labels, self.class_names = self.shards.labels, self.shards.class_names
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def image(self, index: int) -> Image.Image:
+        """Raises BadFile for a member that is no image, or a shard that has gone."""
+        name = self.shards.name(index)
+        try:
+            content = self.shards.read(index)
+        except OSError as error:
+            raise bad_file(name, error) from None
+        return decode(name, content, self.in_chans)
+
+    def order(self, generator: Generator) -> Tensor:
+        return self.shards.order(generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageShardsData(ImageData):
+    """Images in WebDataset shards; see ImageShards."""
+
+    shards: tuple[str, ...] = ()                            # tar files: names, "{000..127}" or wildcards
+
+    def build(self) -> ImageShards:
+        if not self.shards:
+            raise ValueError("data.shards is empty: pass --data.shards 'train-{000..127}.tar'")
+        return ImageShards(self.shards, self.in_chans)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -96,24 +159,31 @@ def _expand(pattern: str) -> list[str]:
     return files
 
 
-def _index(file: str, extensions: tuple[str, ...]) -> list[tuple[str, int, int, int]]:
-    """(name, label, first byte, number of bytes) of each video in a shard."""
-    videos, labels = {}, {}
+def _index(file: str, extensions: tuple[str, ...], noun: str) -> list[tuple[str, int, int, int]]:
+    """(name, label, first byte, number of bytes) of each sample in a shard."""
+    found, labels = {}, {}
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
                 key = os.path.join(folder, stem)
+                if not member.isfile():
+                    continue
                 if f".{extension.lower()}" in extensions:
-                    videos[key] = (member.name, member.offset_data, member.size)
+                    if key in found:
+                        raise ValueError(f"{printable(file)}: expected one {noun[:-1]} per sample, got "
+                                         f"{printable(found[key][0])} and {printable(member.name)}")
+                    found[key] = (member.name, member.offset_data, member.size)
                 elif extension in ("cls", "json"):
-                    labels[key] = _label(tar.extractfile(member).read(), extension, f"{file}/{member.name}")
+                    label = _label(tar.extractfile(member).read(), extension, f"{file}/{member.name}")
+                    # a json of captions beside a cls says nothing of the label
+                    labels[key] = label if label != -1 else labels.get(key, -1)
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{printable(file)}: expected an uncompressed tar file of videos ({error})") from None
-    if not videos:
-        raise ValueError(f"no videos in {printable(file)}; expected members named {', '.join(extensions)}")
-    return [(name, labels.get(key, -1), start, size) for key, (name, start, size) in videos.items()]
+        raise ValueError(f"{printable(file)}: expected an uncompressed tar file of {noun} ({error})") from None
+    if not found:
+        raise ValueError(f"no {noun} in {printable(file)}; expected members named {', '.join(extensions)}")
+    return [(name, labels.get(key, -1), start, size) for key, (name, start, size) in found.items()]
 
 
 def _label(content: bytes, extension: str, name: str) -> int:
