@@ -86,6 +86,10 @@ def train(argv: list[str]) -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
     say_if_plain()
     run = run_training(recipe, folder, resume=arguments.resume)
+    if run.world.is_main:
+        from .train.meters import describe
+
+        print(*describe(run.summary, recipe), sep="\n")
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])
     elif run.world.is_main:

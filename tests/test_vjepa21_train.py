@@ -26,7 +26,8 @@ from jepa_fast.data import (
 )
 from jepa_fast.optim import Horizon
 from jepa_fast.optim.schedules import Constant
-from jepa_fast.train.loop import micro_batches, train
+from jepa_fast.train.loop import train
+from jepa_fast.train.step import micro_batches
 
 VIDEOS = SyntheticVideoData(num_videos=20, num_frames=4, image_size=24,
                             transform=ClipTransform(image_size=24))

@@ -121,7 +121,7 @@ def to_run(file: Foreign, target: pathlib.Path, recipe: Any, *, resize_mask_toke
     The optimizer's state comes along where the file has one; its number of steps is where the run goes on, else 0.
     """
     from .. import recipes
-    from ..train.loop import build_optimizer
+    from ..train.step import build_optimizer
 
     with torch.device("meta"):
         objective = recipe.objective.build()

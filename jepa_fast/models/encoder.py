@@ -81,6 +81,18 @@ class VisionTransformer(nn.Module):
         x = x + positions[context_idx % positions.shape[0]]
         return self._run(x, sequences)
 
+    def rows(self, images: Tensor, whole: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
+        """Rows `rows` [R] of [B * N] of forward(images) -> [R, D], without the last block's work for the others.
+
+        `whole` are all tokens, sample by sample, `row_sequences` says which rows belong to which sample.
+        """
+        if self.config.class_token:
+            raise ValueError("rows are counted without a class token, and the encoder has one")
+        x, _ = self._tokens(images)
+        for block in self.blocks[:-1]:
+            x = block(x, whole)
+        return self.norm(self.blocks[-1].of_rows(x, whole, rows, row_sequences))
+
     def views(self, views: list[Tensor]) -> list[Tensor]:
         """Views [B_v, C, H_v, W_v] of any sizes as one packed batch -> pooled features [B_v, num_features] each."""
         packed = [self._tokens(view) for view in views]
