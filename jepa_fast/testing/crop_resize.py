@@ -57,7 +57,8 @@ def _random_case(draw):
 
 
 _GATE = [_case("channels-last", 2, 3, (9, 9), 3, (70, 70), layout="channels_last"),
-         _case("packed", 2, 3, (9, 9), 3, (8, 8), layout="packed", plain=True)]
+         _case("packed", 2, 3, (9, 9), 3, (8, 8), layout="packed", plain=True),
+         _case("one", 1, 1, (1, 1), 1, (1, 1))]
 
 SPECS = [OpSpec(
     function=crop_resize,
