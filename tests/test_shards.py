@@ -108,6 +108,39 @@ def test_damaged_members_are_skipped(folder):
         data.image(2)
 
 
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"])
+def test_members_are_those_that_tarfile_finds(tmp_path, kind):
+    """Long and foreign names, times with fractions, folders, links, sizes around a block."""
+    long = "n" * 90
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        for i, name in enumerate(("a.jpg", f"{long}/{long}.jpg", "d", "ü.png", "link", f"{long}.cls", "last.webp")):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = (0, 1, 511, 512, 513, 1500, 1024)[i], 1.5 if kind == tarfile.PAX_FORMAT else 1
+            if name == "d":
+                info.type, info.size = tarfile.DIRTYPE, 0
+            if name == "link":
+                info.type, info.size, info.linkname = tarfile.SYMTYPE, 0, long * 2 if kind == tarfile.GNU_FORMAT else "a.jpg"
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    with tarfile.open(tmp_path / "x.tar") as tar, open(tmp_path / "x.tar", "rb") as file:
+        expected = [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+        assert len(expected) == 5 and list(shards._members(file.fileno())) == expected
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda content: content[:1400], "no header at byte 1024"),
+    (lambda content: content[:800], "it ends within the member at byte 512"),
+    (lambda content: content[:1600], "it ends within the member at byte 1536"),
+    (lambda content: b"x" + content[1:], "no header at byte 0"),
+    (lambda content: content[:1024] + b"q" * 600 + content[1624:], "no number in a header: b'qqqqqqqqqqqq'"),
+    (lambda content: content[:10], "no header at byte 0"),
+])
+def test_damaged_archives(tmp_path, damage, message):
+    write(tmp_path / "x.tar", {"a.jpg": bytes(300), "b.jpg": bytes(300)})
+    (tmp_path / "x.tar").write_bytes(damage((tmp_path / "x.tar").read_bytes()))
+    with pytest.raises(ValueError, match=f"x.tar: expected an uncompressed tar file of images \\({re.escape(message)}\\)$"):
+        ImageShards([str(tmp_path / "x.tar")])
+
+
 @pytest.mark.parametrize("members, arguments, message", [
     (None, {}, "data.shards is empty: pass --data.shards 'train-{000..127}.tar'"),
     ({"a.txt": b"x"}, {}, "no images in PATH; expected members named .jpg, .jpeg, .png, .webp"),

@@ -12,8 +12,7 @@ import glob
 import json
 import os
 import re
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from .video import PathList, Videos, extensions_for
 
 # shards whose samples are mixed; an epoch reads all of these before it opens others
 SHUFFLE_SHARDS = 16
+_BLOCK = 512  # bytes
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -162,28 +162,84 @@ def _expand(pattern: str) -> list[str]:
 def _index(file: str, extensions: tuple[str, ...], noun: str) -> list[tuple[str, int, int, int]]:
     """(name, label, first byte, number of bytes) of each sample in a shard."""
     found, labels = {}, {}
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key = os.path.join(folder, stem)
-                if not member.isfile():
-                    continue
-                if f".{extension.lower()}" in extensions:
-                    if key in found:
-                        raise ValueError(f"{printable(file)}: expected one {noun[:-1]} per sample, got "
-                                         f"{printable(found[key][0])} and {printable(member.name)}")
-                    found[key] = (member.name, member.offset_data, member.size)
-                elif extension in ("cls", "json"):
-                    label = _label(tar.extractfile(member).read(), extension, f"{file}/{member.name}")
-                    # a json of captions beside a cls says nothing of the label
-                    labels[key] = label if label != -1 else labels.get(key, -1)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{printable(file)}: expected an uncompressed tar file of {noun} ({error})") from None
+    with open(file, "rb", buffering=0) as tar:
+        try:
+            members = list(_members(tar.fileno()))
+        except _NotTar as error:
+            raise ValueError(f"{printable(file)}: expected an uncompressed tar file of {noun} ({error})") from None
+        for name, start, size in members:
+            folder, last = os.path.split(name)
+            stem, _, extension = last.partition(".")
+            key = os.path.join(folder, stem)
+            if f".{extension.lower()}" in extensions:
+                if key in found:
+                    raise ValueError(f"{printable(file)}: expected one {noun[:-1]} per sample, got "
+                                     f"{printable(found[key][0])} and {printable(name)}")
+                found[key] = (name, start, size)
+            elif extension in ("cls", "json"):
+                label = _label(os.pread(tar.fileno(), size, start), extension, f"{file}/{name}")
+                # a json of captions beside a cls says nothing of the label
+                labels[key] = label if label != -1 else labels.get(key, -1)
     if not found:
         raise ValueError(f"no {noun} in {printable(file)}; expected members named {', '.join(extensions)}")
     return [(name, labels.get(key, -1), start, size) for key, (name, start, size) in found.items()]
+
+
+class _NotTar(ValueError):
+    pass
+
+
+def _members(fd: int) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, number of bytes) of each regular file of a ustar, GNU or pax archive; only headers are read.
+
+    What tarfile finds, an order of magnitude faster: a data set has millions. Reads wait outside of the GIL.
+    """
+    offset, end, special = 0, os.fstat(fd).st_size, {}
+    while offset < end:
+        header = os.pread(fd, _BLOCK, offset)
+        if not header[0]:  # zeros end an archive
+            return
+        if len(header) < _BLOCK or (offset == 0 and _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32):
+            raise _NotTar(f"no header at byte {offset}")
+        kind, size = header[156:157], int(special.get("size", 0)) or _number(header[124:136])
+        start = offset + _BLOCK
+        offset = start + -(-size // _BLOCK) * _BLOCK
+        if start + size > end:
+            raise _NotTar(f"it ends within the member at byte {start}")
+        if kind == b"x":
+            special |= _pax_records(os.pread(fd, size, start))
+        elif kind == b"L":  # GNU: the name of the next member
+            special["path"] = os.fsdecode(os.pread(fd, size, start).rstrip(b"\0"))
+        elif kind not in b"gK":
+            name = header[:100].partition(b"\0")[0]
+            folder = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+            name = special.get("path") or os.fsdecode(folder + b"/" + name if folder else name)
+            if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
+                yield name, start, size
+            special = {}
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or where those do not suffice a binary number."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        raise _NotTar(f"no number in a header: {field!r}") from None
+
+
+def _pax_records(content: bytes) -> dict[str, str]:
+    """"18 path=a/b.jpeg\n" and so on."""
+    records = {}
+    while content:
+        length = content.partition(b" ")[0]
+        if not length.isdigit() or not len(length) < int(length) <= len(content):
+            raise _NotTar(f"no pax record: {content[:40]!r}")
+        key, _, value = content[len(length) + 1:int(length) - 1].partition(b"=")
+        records[os.fsdecode(key)] = os.fsdecode(value)
+        content = content[int(length):]
+    return records
 
 
 def _label(content: bytes, extension: str, name: str) -> int:
