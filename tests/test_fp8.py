@@ -52,6 +52,30 @@ def test_product_is_that_of_the_quantised_numbers(dtype, limit):
     assert 0.005 < error(out, x.double() @ weight.double().T + bias.double()) < 0.06
 
 
+def test_emulation_is_what_the_scaled_product_computes():
+    """The call that a GPU takes, where PyTorch has it for CPUs."""
+    g = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(7, 48, generator=g), fp8.Float8Weight.of(torch.randn(32, 48, generator=g))
+    for bias in (None, torch.randn(32, generator=g).bfloat16()):
+        try:
+            theirs = weight._product(*fp8.quantize_rows(x), bias)
+        except (RuntimeError, NotImplementedError) as missing:
+            pytest.skip(str(missing).splitlines()[0])
+        assert theirs.dtype == torch.bfloat16 and error(theirs, weight.linear(x, bias)) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_product_on_a_gpu():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no tensor cores for float8")
+    g = torch.Generator().manual_seed(5)
+    x, weight, bias = (torch.randn(shape, generator=g).bfloat16() for shape in ((333, 1280), (5120, 1280), (5120,)))
+    expected = fp8.Float8Weight.of(weight).linear(x, bias)
+    out = fp8.Float8Weight.of(weight.cuda()).linear(x.cuda(), bias.cuda())
+    assert out.dtype == torch.bfloat16 and error(out.cpu(), expected) < 1e-2
+
+
 def test_bad_numbers_stay_visible():
     for bad in (torch.nan, torch.inf):
         x = torch.randn(3, 16)
@@ -92,6 +116,12 @@ def test_training_with_a_float8_target():
         for weight, ours in block.float8.items():
             data, scale = fp8.quantize_rows(weight)
             assert torch.equal(ours.data.float(), data.float()) and torch.equal(ours.scale, scale)
+    # compiled blocks know no float8: these stay with the ops
+    images = torch.randn(2, 1, 28, 28)
+    expected = target(images).detach()
+    for block in target.blocks[:-1]:
+        block.fusion = "compile"
+    assert torch.equal(target(images).detach(), expected)
     # no trace in what is saved
     assert objective.state_dict().keys() == steps(0)[0].state_dict().keys()
 

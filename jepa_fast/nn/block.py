@@ -133,7 +133,7 @@ class Block(nn.Module):
         weights = BlockWeights(*(parameter for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2,
                                                          self.mlp.fc1, self.mlp.fc2)
                                  for parameter in (layer.weight, layer.bias)))
-        compute = compiled_block if self.fusion == "compile" else block
+        compute = compiled_block if self.fusion == "compile" and self.float8 is None else block
         return compute(x, weights, self._in(dtype, weights), how)
 
     def _in(self, dtype: torch.dtype, weights: BlockWeights) -> BlockWeights:

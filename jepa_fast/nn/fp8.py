@@ -40,13 +40,16 @@ class Float8Weight:
         """x [P, in] -> [P, out] in x's dtype: F.linear with both factors in float8."""
         x8, scale = _quantize(x)
         if x.is_cuda:
-            # row scales come with bfloat16 output only
-            out = torch._scaled_mm(x8, self.data.t(), scale.unsqueeze(1), self.scale.unsqueeze(0),
-                                   out_dtype=torch.bfloat16, use_fast_accum=True).to(x.dtype)
-            return out if bias is None else out.add_(bias)
+            return self._product(x8, scale, bias).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             out = F.linear(x8.float(), self.data.float()) * scale.unsqueeze(1) * self.scale
             return (out if bias is None else out + bias).to(x.dtype)
+
+    def _product(self, x8: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """On tensor cores; with row scales these give bfloat16 only."""
+        bias = None if bias is None else bias.to(torch.bfloat16)
+        return torch._scaled_mm(x8, self.data.t(), scale.unsqueeze(1), self.scale.unsqueeze(0), bias=bias,
+                                out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ class LatentPredictionConfig:
 
 
 class LatentPrediction(TargetPrediction):
+    is_capturable = True    # steps differ in tensors only, so that a CUDA graph can replay them
     pad_tokens_to: int = 0  # set by the trainer: packed tokens come in multiples of this; 0: no padding
 
     def __init__(self, config: LatentPredictionConfig):
