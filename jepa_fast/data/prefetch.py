@@ -93,7 +93,9 @@ class Prefetcher:
         """Stop reading; the loader's processes end."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=10)
+            if self._thread.is_alive():  # it waits for a process that hangs; both end with this one
+                return
         for source in (self._source, self.batches):
             if hasattr(source, "close"):
                 source.close()
