@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import pathlib
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,10 @@ import pydantic
 import yaml
 
 from ..data import (
+    HfImagesData,
+    ImageData,
     ImageFolderData,
+    ImageShardsData,
     MixedData,
     MnistData,
     MovingDigitsData,
@@ -33,8 +37,8 @@ from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosi
 
 Objective = (ActionConditionedConfig | EBJEPAConfig | HierarchicalVideoPredictionConfig | LatentPredictionConfig
              | LeJEPAConfig | LeWorldModelConfig | VideoPredictionConfig)
-Data = (ImageFolderData | MixedData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData
-        | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
+Data = (HfImagesData | ImageFolderData | ImageShardsData | MixedData | MnistData | MovingDigitsData | SyntheticData
+        | SyntheticTrajectoryData | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,20 @@ class Recipe:
     train: TrainConfig
 
 
+def with_image_source(recipe: Recipe, fields: Iterable[str]) -> Recipe:
+    """The recipe on the source of images that has the named fields of `data`; as it is where its own has them, or none.
+
+    --data.shards turns a folder of images into shards, --data.path into a Hugging Face data set.
+    """
+    if isinstance(recipe.data, ImageData):
+        unknown = set(fields) - {field.name for field in dataclasses.fields(recipe.data)}
+        shared = {field.name: getattr(recipe.data, field.name) for field in dataclasses.fields(ImageData)}
+        for source in (ImageFolderData, ImageShardsData, HfImagesData):
+            if unknown and unknown <= {field.name for field in dataclasses.fields(source)}:
+                return dataclasses.replace(recipe, data=source(**shared))
+    return recipe
+
+
 def save(recipe: Recipe, path: pathlib.Path) -> None:
     path.write_text(to_yaml(recipe))
 
@@ -96,7 +114,8 @@ def to_yaml(recipe: Recipe) -> str:
 
 def merge(base: Recipe, values: dict, where: str = "recipe") -> Recipe:
     """`base` with values from a file. The recipe of that name in the code says which classes its parts have."""
-    return _merge(base, values, where, "")
+    data = values.get("data")
+    return _merge(with_image_source(base, data) if isinstance(data, dict) else base, values, where, "")
 
 
 def _merge(base, values: dict, where: str, prefix: str):
