@@ -48,6 +48,9 @@ void define_ops(Library& m) {
   m.def("philox_words(Tensor step, int seed, int first, Tensor(a!) words) -> ()");
   m.def("bias_gelu(Tensor x, Tensor bias, Tensor(a!) out) -> ()");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) grad_bias) -> ()");
+  // CPU only; false: out of range, and out is not valid, see csrc/cpu/matmul.cpp
+  m.def("has_amx(Tensor any) -> bool");
+  m.def("matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> bool");
   // CUDA only, as what follows: rows [P, D]; residual and summed, grad_summed and grad_x are of the stream, see
   // csrc/cuda/layer_norm.cu
   m.def("layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out, "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops import adamw_ema_, adamw_ema_scalars, adamw_ema_scalars_, ema_update_
+from .clip import local
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class _Plan:
     params: list[Tensor]                  # those with gradients; first the ones with an average
     group: list[int]
     states: list[dict]
+    values: list[Tensor]                  # this and the next five: this rank's rows, where parameters are DTensors
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
     average: list[Tensor]
     shadow: list[Tensor]
     average_shadow: list[Tensor]
@@ -48,6 +52,8 @@ class AdamWEMA(torch.optim.Optimizer):
     momentum: attribute, to be set before each step; None leaves the averages alone in that step.
     shadows: keep bfloat16 copies of parameters and averages in `self.shadows[tensor]`, written by the same pass; call
         `refresh_shadows` after changing weights in any other way, loading them included.
+    Of DTensors (FSDP2) every rank steps its own rows: sources and averages must be cut alike, and nothing is sent.
+
     betas and eps are the same in all groups; lr and weight_decay are read from the groups in every step. A parameter
     without gradient is left alone, decay included. `state_dict` has the layout of torch.optim.AdamW and loads from it
     and into it; averages are not in it, since a target encoder saves itself.
@@ -136,24 +142,23 @@ class AdamWEMA(torch.optim.Optimizer):
         self._count(plan)
         if self.momentum is not None and plan.rest:
             averages = [average for _, average in plan.rest]
-            ema_update_(averages, [source for source, _ in plan.rest], self.momentum)
+            ema_update_([local(t) for t in averages], [local(source) for source, _ in plan.rest], self.momentum)
             self._copy_shadows(averages)
 
     def _step_from_device(self, plan: _Plan, grad_scale: Tensor | None) -> None:
         staged, (beta1, beta2) = self._staged, self._shared("betas")
         adamw_ema_scalars_(*self._lists(plan), staged.scalars, beta1, beta2, self._shared("eps"), grad_scale)
         if self.momentum is not None and plan.rest:
-            averages = [average for _, average in plan.rest]
-            sources = [source.to(average.dtype) for source, average in plan.rest]
+            averages = [local(average) for _, average in plan.rest]
+            sources = [local(source).to(average.dtype) for source, average in plan.rest]
             torch._foreach_mul_(averages, staged.keep)
             torch._foreach_add_(averages, torch._foreach_mul(sources, staged.take))
-            self._copy_shadows(averages)
+            self._copy_shadows([average for _, average in plan.rest])
 
     def _lists(self, plan: _Plan) -> list[list[Tensor]]:
         moves = self.momentum is not None
-        return [plan.params, [p.grad for p in plan.params], [state["exp_avg"] for state in plan.states],
-                [state["exp_avg_sq"] for state in plan.states], plan.average if moves else [], plan.shadow,
-                plan.average_shadow if moves else []]
+        return [plan.values, [local(p.grad) for p in plan.params], plan.exp_avg, plan.exp_avg_sq,
+                plan.average if moves else [], plan.shadow, plan.average_shadow if moves else []]
 
     def _host_numbers(self, plan: _Plan) -> tuple:
         """lr, weight_decay, step (lists with one entry per parameter), beta1, beta2, momentum of the next step."""
@@ -262,8 +267,10 @@ class AdamWEMA(torch.optim.Optimizer):
         shadow_of = self.shadows or {}
         return _Plan(
             has_grad=has_grad, params=params, group=[i for _, i in active], states=[self.state[p] for p in params],
-            average=average, shadow=[shadow_of[p] for p in params if shadow_of],
-            average_shadow=[shadow_of[a] for a in average if shadow_of], rest=rest,
+            values=[local(p) for p in params], exp_avg=[local(self.state[p]["exp_avg"]) for p in params],
+            exp_avg_sq=[local(self.state[p]["exp_avg_sq"]) for p in params], average=[local(a) for a in average],
+            shadow=[local(shadow_of[p]) for p in params if shadow_of],
+            average_shadow=[local(shadow_of[a]) for a in average if shadow_of], rest=rest,
             group_index=torch.tensor([i for _, i in active], dtype=torch.int64,
                                      device=params[0].device if params else None))
 

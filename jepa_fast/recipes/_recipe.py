@@ -62,6 +62,7 @@ class TrainConfig:
     activations: Literal["all", "lean", "checkpoint"] = "all"  # kept for the backward pass: 36, 24 or 4 bytes x D
     blocks: Literal["auto", "ops", "compile"] = "auto"  # who fuses a block: our ops, torch.compile, or what was measured
     shard_ranks: int = 1                       # ranks that hold one copy of the weights: 1 DDP, -1 all (FSDP2), else HSDP
+    timeout_s: float = 600.0                   # a collective that takes longer ends the run: a rank hangs
     cuda_graphs: bool = False                  # replay whole steps: for small models; needs pad_tokens_to
     pad_tokens_to: int = 0                     # contexts in multiples of this, longer lists of 4 times it, so that shapes
                                                # come back; 0: no padding

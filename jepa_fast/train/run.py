@@ -11,9 +11,10 @@ from tqdm import tqdm
 from .. import recipes
 from ..models.flops import Work
 from . import checkpoint
-from .distributed import World
+from .distributed import World, advise, barrier
 from .meters import SHORT, Meters
 from .metrics_file import MetricsFile, open_writers, read_metrics
+from .saver import Saver
 from .statistics import NotFinite, Row, Statistics
 
 __all__ = ["NotFinite", "Run", "read_metrics"]
@@ -26,7 +27,8 @@ class Run:
         if recipe.train.log_every < 1:
             raise ValueError(f"train.log_every must be at least 1, got {recipe.train.log_every}")
         self.folder, self.recipe, self.world = folder, recipe, world
-        self.checkpoint_path = folder / "checkpoints" / "last.pt"
+        self.saver = Saver(folder / "checkpoints", world)
+        self.checkpoint_path = self.saver.path
         self.metrics_path = folder / "metrics.csv"
         self.meters = Meters(recipe, world)
         self.statistics = Statistics(world, recipe.train.log_every, self._last_words)
@@ -38,6 +40,7 @@ class Run:
     def start(self, step: int, num_steps: int) -> None:
         """Open the folder at `step`; rows of a previous, longer life are cut off so that each step stands once."""
         self.meters.start(step)
+        advise(f"; go on with: {self.how_to_resume()}")
         if not self.world.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +72,10 @@ class Run:
             self._write(row)
 
     def finish(self) -> None:
-        """Write what is left, and summary.json. Every rank calls it."""
+        """Write what is left, and summary.json; wait until the last checkpoint is on the disk. Every rank calls it."""
         self.flush()
+        self.saver.wait()
+        barrier(self.world)
         self.summary = self.meters.summary()
         if self.world.is_main:
             (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
@@ -91,15 +96,14 @@ class Run:
         self._bar.set_postfix(loss=f"{row.values['loss']:.4f}", **shown, refresh=False)
 
     def _last_words(self) -> str:
+        self.saver.wait()
         return f"the last good checkpoint is {self.checkpoint_path}" if self.checkpoint_path.exists() \
             else "there is no checkpoint yet"
 
     def save(self, step: int, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint in the background. Every rank calls it."""
         self.flush()
-        if self.world.is_main:
-            state = {"step": step, "recipe": recipes.to_yaml(self.recipe), "objective": objective.state_dict(),
-                     "optimizer": optimizer.state_dict()}
-            checkpoint.save(self.checkpoint_path, state)
+        self.saver.save(step, recipes.to_yaml(self.recipe), objective, optimizer)
 
     def resume(self, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Put the last checkpoint back; the step it was taken after."""
@@ -107,10 +111,10 @@ class Run:
 
     def start_from(self, path: pathlib.Path, objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Take weights and optimizer state of any run's checkpoint; the step it was taken after."""
-        state = checkpoint.load(path)
-        checkpoint.load_into(objective, state["objective"], str(path))
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
+        return checkpoint.restore(path, objective, optimizer)
+
+    def how_to_resume(self) -> str:
+        return f"jepa-fast train --run-dir {self.folder} --resume"
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,11 +1,9 @@
 """One step of training: schedules, forward, backward, clipping, optimizer and moving average."""
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..models.flops import Work
 from ..nn.block import configure_blocks_, use_copies_
@@ -15,6 +13,7 @@ from ..recipes import Recipe
 from .distributed import World
 from .host_memory import keep_freed_memory
 from .options import apply_options
+from .parallel import averaged_gradients
 
 
 class TrainStep:
@@ -75,15 +74,13 @@ def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Reci
     """
     count, totals = recipe.train.accumulate, {}
     for i, micro in enumerate(micro_batches(batch, count)):
-        size = len(micro["index"])
+        size, is_last = len(micro["index"]), i == count - 1
         micro = objective.prepare(micro, seed=recipe.train.seed, step=step, first_sample=first_sample + i * size)
         if observe is not None:
             observe(micro)
-        is_last = i == count - 1
-        silent = model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last \
-            else contextlib.nullcontext()
         device_type = next(objective.parameters()).device.type
-        with silent, torch.autocast(device_type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+        autocast = torch.autocast(device_type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+        with averaged_gradients(model, is_last), autocast:
             losses = model(micro)
             (losses["loss"] / count).backward()
         for name, value in losses.items():
