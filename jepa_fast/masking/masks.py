@@ -190,7 +190,7 @@ class PackedMasks:
     num_contexts: int               # E
     num_targets: int                # M
     prediction_weight: Tensor | None = None  # [Q] float64: of a prediction in the loss, 0 for padding; None: see above
-    num_padding: int = 0            # so many of the last rows of each list may be padding (see `padding.pad`)
+    num_padding: int = 0            # so many of the last predictions and target rows may be padding (see `padding.pad`)
     counts: MaskCounts | None = None    # tokens without any padding; None where batches were joined
 
     @classmethod

@@ -68,7 +68,8 @@ class TrainConfig:
     shard_ranks: int = 1                       # ranks that hold one copy of the weights: 1 DDP, -1 all (FSDP2), else HSDP
     timeout_s: float = 600.0                   # a collective that takes longer ends the run: a rank hangs
     cuda_graphs: bool = False                  # replay whole steps: for small models; needs pad_tokens_to
-    pad_tokens_to: int = 0                     # packed tokens come in multiples of this, so shapes repeat; 0: no padding
+    pad_tokens_to: int = 0                     # contexts in multiples of this, longer lists of 4 times it, so that shapes
+                                               # come back; 0: no padding
     seed: int = 0
     max_steps: int | None = None               # stop early, schedules unchanged
     start_from: str = ""                       # a run's checkpoint to begin with: weights and optimizer, not the step
