@@ -33,12 +33,15 @@ def loop(work: Work, batches: Batches, *, target_precision: str = "same", has_fe
 
 
 def regions_of(work: Work, objective) -> dict:
+    """What is called for each part of the model; with convolutions apart in other providers, patch embedding is here too."""
+    encoders = [objective.encoder] + ([objective.target_encoder.encoder] if hasattr(objective, "target_encoder") else [])
+    patches = {"patch embed": [(encoder.patch_embed, "forward") for encoder in encoders if hasattr(encoder, "patch_embed")]}
     if work.family == "lejepa":
-        return {"context": (objective.encoder, "views")}
+        return patches | {"context": (objective.encoder, "views")}
     if work.family == "ac":
-        return {"target": (objective, "encode"), "predictor": (objective, "predict")}
-    return {"context": (objective.encoder, "context"), "target": (objective.target_encoder, "rows"),
-            "predictor": (objective.predictor, "forward")}
+        return patches | {"target": (objective, "encode"), "predictor": (objective, "predict")}
+    return patches | {"context": (objective.encoder, "context"), "target": (objective.target_encoder, "rows"),
+                      "predictor": (objective.predictor, "forward")}
 
 
 def with_features(work: Work, objective, inputs: dict) -> dict:

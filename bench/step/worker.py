@@ -49,7 +49,7 @@ class Batches:
         self.base_bytes = _resident_bytes()
 
     def regions(self, **functions: tuple[object, str] | list[tuple[object, str]]) -> None:
-        """Name what belongs to target, context and predictor in profiles: (object, name of its method)."""
+        """Name what belongs to a part of the model in profiles: (object, name of its method)."""
         for region, pairs in functions.items():
             for owner, name in pairs if isinstance(pairs, list) else [pairs]:
                 setattr(owner, name, mark(region, getattr(owner, name)))
