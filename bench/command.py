@@ -17,19 +17,20 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    what: Annotated[Literal["ops", "step", "video-step", "video-memory", "plan"], tyro.conf.Positional]
+    what: Annotated[Literal["ops", "video-memory", "plan"], tyro.conf.Positional]
     repeats: int = 5                       # rounds over all providers
     only: str = ""                         # benches whose name contains this
-    batch_size: int | None = None          # of a step; images 16, clips 2
-    image_size: int | None = None          # pixels, of a step; images 224, clips 128
-    precision: Literal["fp32", "bf16"] = "fp32"  # of `step`
     out: pathlib.Path | None = None        # also write the rows as JSON here
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["step"]:
+        from .step.command import main as bench_step
+
+        bench_step(argv[1:])
+        return
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
-    measure_rows = {"ops": ops_rows, "step": step_rows, "video-step": video_step_rows, "video-memory": video_memory_rows,
-                    "plan": plan_rows}[arguments.what]
+    measure_rows = {"ops": ops_rows, "video-memory": video_memory_rows, "plan": plan_rows}[arguments.what]
     rows = measure_rows(arguments)
     where = provenance()
     print(table(rows, f"{arguments.what} · {where['device']} · torch {where['torch']} · commit {where['commit']}"))
@@ -49,21 +50,6 @@ def ops_rows(arguments: Arguments) -> list[dict]:
         if arguments.only in bench.name:
             rows += measure(bench, arguments.repeats)
     return rows
-
-
-def step_rows(arguments: Arguments) -> list[dict]:
-    from .train_step import bench_step, config_vits16
-
-    return bench_step(arguments.batch_size or 16, arguments.repeats, arguments.precision,
-                      config=config_vits16(arguments.image_size or 224))
-
-
-def video_step_rows(arguments: Arguments) -> list[dict]:
-    from .video_step import bench_video_step
-
-    if arguments.precision != "fp32":
-        raise ValueError(f"video-step is measured in fp32, got precision {arguments.precision}")
-    return bench_video_step(arguments.batch_size or 2, arguments.repeats, arguments.image_size or 128)
 
 
 def video_memory_rows(arguments: Arguments) -> list[dict]:

@@ -32,7 +32,8 @@ def gather(folder: pathlib.Path) -> dict:
     timed = [row | {"floor_us": floor_us(row, ceilings)} for row in rows.get("time", []) if "us" in row]
     failed = [row for row in rows.get("time", []) if "error" in row]
     return {"provenance": ceilings, "proofs": proofs, "times": timed, "not_timed": failed, "goals": goals(timed),
-            "sanitize": [row for row in rows.get("sanitize", []) if "key" in row], "sweep": rows.get("sweep", [])}
+            "sanitize": [row for row in rows.get("sanitize", []) if "key" in row], "sweep": rows.get("sweep", []),
+            "steps": [row for row in rows.get("step", []) if "key" in row]}
 
 
 def floor_us(row: dict, ceilings: dict) -> float | None:
@@ -121,6 +122,11 @@ def html(data: dict, has_picture: bool) -> str:
          "not measured" if g["measured"] is None else f"{g['measured']:.2f}× {'met' if g['met'] else 'missed'}")
         for g in data["goals"]])]
     parts += ["<h2>Times</h2>", table(TIME_COLUMNS, [time_cells(row) for row in data["times"]])]
+    if data["steps"]:
+        parts += ["<h2>Whole steps</h2>", table(("recipe", "ms"), [(row["key"], row.get("error") or step_text(row))
+                                                                   for row in data["steps"]])]
+        parts += [f'<img src="step/{row["key"]}/result.png" alt="{row["key"]} by component" style="max-width: 100%">'
+                  for row in data["steps"] if "ms" in row]
     wrong = [(row["key"], row["error"]) for row in [*data["proofs"], *data["not_timed"]] if row.get("error")]
     proven = [row for row in data["proofs"] if "error_ours" in row and not row.get("error")]
     parts += [f"<h2>Proofs</h2><p>{len(proven)} of case × backend × dtype hold against float64.</p>",
@@ -132,6 +138,10 @@ def html(data: dict, has_picture: bool) -> str:
             "table{border-collapse:collapse;display:block;overflow-x:auto}"
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>jepa_fast on a GPU</title><style>{style}</style>'
             f"<body>{''.join(parts)}</body></html>\n")
+
+
+def step_text(row: dict) -> str:
+    return f"{row['case']}: " + ", ".join(f"{name} {ms:.1f}" for name, ms in row["ms"].items())
 
 
 TIME_COLUMNS = ("op", "case", "pass", "code", "µs (p20 – p80)", "warm L2", "graph", "floor", "share of floor", "GB/s",

@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one command of at most nine minutes that works offline:
 
     python -m bench.on_gpu --out DIR            build, ceilings, prove, time, sweep, sanitize, page
+    python -m bench.on_gpu --out DIR --stages step page [--official CHECKOUTS]   whole steps at official sizes, nine more
     python -m bench.on_gpu --out DIR --rehearse the same script on the CPU with little to do, to see that it runs
 
 Each stage runs in processes of its own with a time limit, and every row is on disk before the next is measured: a crash
@@ -21,6 +22,7 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIMIT_S = {"build": 110, "ceilings": 30, "prove": 130, "time": 110, "sweep": 80, "sanitize": 40}
+STEP_LIMIT_S = 530  # of a call; the next one goes on with the recipes that are left
 WORKERS = 14   # of the proofs: they share the GPU, and compiling is what takes their time
 PART = 6       # cases that one of them proves
 
@@ -63,7 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.on_gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with little to do")
-    parser.add_argument("--stages", nargs="*", default=[*LIMIT_S, "page"], choices=[*LIMIT_S, "page"])
+    parser.add_argument("--stages", nargs="*", default=[*LIMIT_S, "page"], choices=[*LIMIT_S, "step", "page"])
+    parser.add_argument("--official", type=pathlib.Path, help="folder with checkouts named ijepa, jepa, vjepa2, lejepa")
     parser.add_argument("--op", default="", help="ops whose name contains this")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -75,7 +78,7 @@ def main() -> None:
     begin = time.monotonic()
     for stage in arguments.stages:
         start = time.monotonic()
-        own = {"build": build, "prove": prove, "sweep": sweep, "sanitize": sanitize}
+        own = {"build": build, "prove": prove, "sweep": sweep, "sanitize": sanitize, "step": step}
         own.get(stage, one_worker(stage))(arguments)
         print(f"{stage}: {time.monotonic() - start:.0f} s, {time.monotonic() - begin:.0f} s in all", flush=True)
 
@@ -151,6 +154,13 @@ def sanitize(arguments: argparse.Namespace) -> None:
                    LIMIT_S["sanitize"] / 2, log)
         said = {0: "no errors", 9: "errors: see its log", None: "ran out of time"}
         rows.add(check, result=said.get(code, f"status {code}"))
+
+
+def step(arguments: argparse.Namespace) -> None:
+    """The official code, tuned PyTorch and ours, whole steps."""
+    from .step.on_gpu import steps
+
+    steps(arguments, STEP_LIMIT_S)
 
 
 def worker(stage: str, arguments: argparse.Namespace, op: str) -> list[str]:

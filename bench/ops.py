@@ -1,5 +1,6 @@
 """Ops against eager PyTorch doing the same work: times interleaved in one process, results compared first."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -186,13 +187,14 @@ def adamw_ema(case: str, config) -> Bench:
 
 
 def all_benches() -> list[Callable[[], Bench]]:
-    from .train_step import config_vits16
+    from jepa_fast.recipes import get_recipe
 
+    vits16 = get_recipe("ijepa_vits16").objective
     return [
         lambda: sigreg(8, 256, 128, 1024, "lejepa-8x256x128-k1024"),
         lambda: sigreg(4, 128, 192, 1024, "lewm-4x128x192-k1024"),
         lambda: sigreg(4, 256, 16, 256, "minimal-4x256x16-k256"),
-        lambda: adamw_ema("vits16", config_vits16()),
+        lambda: adamw_ema("vits16", dataclasses.replace(vits16, predictor=dataclasses.replace(vits16.predictor, depth=12))),
         lambda: sampler(128, (16, 16), "vith14-224-b128"),
         lambda: sampler(16, (14, 14), "vits16-224-b16"),
         lambda: sampler(24, (8, 14, 14), "vjepa-16x224-b24"),

@@ -1,6 +1,7 @@
 """Write the tables of results into the README:  python -m bench.report
 
-Reads bench/results/*.json and bench/results/gpu/*/results.json; no number in those tables is typed by hand.
+Reads bench/results/*.json, bench/results/step/*/*/result.json and bench/results/gpu/*/; no number in those tables is typed
+by hand.
 """
 
 import json
@@ -28,6 +29,36 @@ def bench_table() -> str:
                          f"| {rate} | {memory} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def bench_tables() -> str:
+    return "\n".join(filter(None, (bench_table(), step_table())))
+
+
+def step_table() -> str:
+    """Whole steps: bench/results/step/<device>/<case>/result.json."""
+    from .step.page import ratios
+
+    parts = []
+    results = ROOT / "bench/results"
+    for path in sorted([*results.glob("step/*/*/result.json"), *results.glob("gpu/*/step/*/result.json")]):
+        result = json.loads(path.read_text())
+        where, official = result["provenance"], result["official_commit"]
+        lines = [(row["provider"], f"{row['ms']:.0f} ({row['p20_ms']:.0f} – {row['p80_ms']:.0f})",
+                  f"{row['samples_per_s']:.2f}", *(_cell(row[key], ".2f") for key in ("x_official", "x_tuned")),
+                  *(_cell(row[key] and 100 * row[key], ".0f") for key in ("mfu", "hfu")), row.get("launches", ""),
+                  f"{row['peak_bytes'] / 1e6:.0f}") for row in ratios(result)]
+        parts.append(f"step {result['case']}: {where['device']}, torch {where['torch']}, commit {where['commit']}"
+                     f"{f', official at {official}' if official else ''}; MFU of {result['peak_is']} "
+                     f"({result['peak_flop_per_s'] / 1e12:.2f} TFLOP/s)\n")
+        operators = "operators" if result["device"] == "cpu" else "launches"
+        parts.append(markdown(("code", "ms (p20 – p80)", "samples/s", "× official", "× tuned", "MFU %", "HFU %", operators,
+                               "peak MB"), lines))
+    return "\n".join(parts)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def demo_table() -> str:
@@ -72,7 +103,7 @@ def put(text: str, name: str, table: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo_table), ("bench", bench_table), ("gpu", gpu_table)):
+    for name, table in (("demo", demo_table), ("bench", bench_tables), ("gpu", gpu_table)):
         text = put(text, name, table())
     readme.write_text(text)
 

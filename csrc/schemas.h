@@ -12,6 +12,8 @@ void define_ops(Library& m) {
   m.def("scatter_tokens(Tensor values, Tensor index, Tensor? fill, Tensor? positions, Tensor(a!) out) -> ()");
   m.def("gather_patches(Tensor pixels, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
   m.def("scatter_patches(Tensor patches, Tensor? index, int p_t, int p_h, int p_w, Tensor(a!) out) -> ()");
+  m.def("crop_resize(Tensor images, Tensor? layout, Tensor boxes, Tensor image_index, Tensor? flips, Tensor? mean, "
+        "Tensor? std, Tensor(a!) out) -> ()");
   // q, k, v, out, gradients [P, H, d], last dimension contiguous; lse [H, P] float32; cu_seqlens int32 on the CPU
   m.def("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -18,8 +20,9 @@ USAGE = """usage: jepa-fast COMMAND ...
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
-  bench ops | step | video-step | video-memory | plan
-                                              ratios against plain PyTorch, measured in one run
+  bench step --config RECIPE [--official PATH]
+                                              whole steps: the authors' code, tuned PyTorch, ours, in one run
+  bench ops | video-memory | plan             ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
@@ -63,13 +66,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError, OSError, ImportError, RuntimeError) as error:
         if debug:
             raise
-        print(f"jepa-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return tell(error)
     finally:
         with contextlib.suppress(ImportError):
             from .train import distributed
 
-            distributed.stop()
+            if sys.exc_info()[0] is None:
+                distributed.stop()
+
+
+def tell(error: Exception) -> int:
+    """Print an error, once for all ranks, and return the exit code: 75 where the run was stopped from outside."""
+    from .train import distributed
+
+    code, rank, message = getattr(error, "exit_code", 1), int(os.environ.get("RANK", "0")), distributed.told(error)
+    if rank:
+        # the first rank says what is wrong with all of them, and ends them; this one has a say where that one goes on
+        time.sleep(1.0)
+    if rank == 0 or code == 1:
+        where = f"rank {rank}: " if rank else ""
+        print(f"jepa-fast: {'error: ' if code == 1 else ''}{where}{message}", file=sys.stderr, flush=True)
+    if code == 1:
+        distributed.give_up()
+    return code
 
 
 def train(argv: list[str]) -> None:
@@ -83,9 +102,15 @@ def train(argv: list[str]) -> None:
                                else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
     if not arguments.resume and (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
-    say_if_plain()
+    is_first = os.environ.get("RANK", "0") == "0"
+    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr) if is_first else None
+    if is_first:
+        say_if_plain()
     run = run_training(recipe, folder, resume=arguments.resume)
+    if run.world.is_main:
+        from .train.meters import describe
+
+        print(*describe(run.summary, recipe), sep="\n")
     if run.world.is_main and arguments.eval:
         evaluate([str(folder)])
     elif run.world.is_main:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import pathlib
 
+import pytest
 import torch
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
@@ -28,3 +30,20 @@ def pytest_report_header() -> str | None:
     if not torch.cuda.is_available() and not cuda_host.compiler():
         return "csrc/cuda is not tested: no C++ compiler to build it for the host"
     return None
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--upstream", action="append", default=[], metavar="NAME=PATH",
+                     help="a checkout of an official repository (ijepa, jepa, vjepa2, lejepa) to compare with; repeat")
+
+
+@pytest.fixture
+def upstream(request):
+    """name -> the folder of that checkout; skips where --upstream does not name it."""
+    given = dict(pair.partition("=")[::2] for pair in request.config.getoption("--upstream"))
+
+    def path_of(name: str) -> pathlib.Path:
+        if name not in given:
+            pytest.skip(f"needs --upstream {name}=PATH")
+        return pathlib.Path(given[name])
+    return path_of

@@ -25,7 +25,8 @@ def shrink(recipe: Recipe) -> Recipe:
     objective, data = OBJECTIVES[type(recipe.objective)](recipe)
     return dataclasses.replace(
         recipe, objective=objective, data=data,
-        train=dataclasses.replace(recipe.train, batch_size=8, precision="fp32", device="cpu", max_steps=3, log_every=1))
+        train=dataclasses.replace(recipe.train, batch_size=8, precision="fp32", device="cpu", max_steps=3, log_every=1,
+                                  activations="all"))
 
 
 def latent_prediction(recipe: Recipe):

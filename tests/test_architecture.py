@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "recipes": {"objectives", "models", "nn", "optim", "masking", "data"},
     "eval": {"recipes", "objectives", "models", "masking", "data", "info", "train", "planning"},
     "checkpoints": {"recipes", "models", "nn", "train"},
-    "train": {"recipes", "objectives", "optim", "data", "eval"},
+    "train": {"recipes", "objectives", "models", "nn", "optim", "data", "eval"},
     "info": {"ops"},
     "cli": {"train", "recipes", "eval", "ops", "info", "checkpoints"},
     "testing": {"ops", "reference", "optim", "masking"},

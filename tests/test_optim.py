@@ -99,6 +99,44 @@ def test_twenty_steps_are_within_the_error_rule(backend):
     assert testing.error(everything[0], everything[2]) <= 2 * testing.error(everything[1], everything[2]) + 2**-23
 
 
+@pytest.mark.parametrize("backend", testing.OPS["adamw_ema_scalars_"].backends())
+@pytest.mark.parametrize("shadows", [False, True])
+def test_numbers_read_on_the_device_give_the_same_bits(backend, shadows, monkeypatch):
+    """With a frozen table whose average is in no pass, and with the numbers sent before the backward pass."""
+    data = batches(3 if backend == "triton" else 6)
+    with ops.use_backend(backend):
+        host = train_ours(data, shadows=shadows)
+        monkeypatch.setattr(AdamWEMA, "reads_device", True)
+        device = train_ours(data, shadows=shadows)
+        assert all(torch.equal(x, y) for x, y in zip(parameters(*host[:3]), parameters(*device[:3]), strict=True))
+
+        step = AdamWEMA.step
+
+        def ahead(self, **options):
+            # the first step makes the gradients that staging needs
+            self.staged is not None and self.stage()
+            return step(self, **options, is_staged=self.staged is not None)
+
+        monkeypatch.setattr(AdamWEMA, "step", ahead)
+        staged = train_ours(data, shadows=shadows)
+    assert all(torch.equal(x, y) for x, y in zip(parameters(*host[:3]), parameters(*staged[:3]), strict=True))
+    assert [s["step"] for s in staged[3].state.values()] == [s["step"] for s in host[3].state.values()]
+    for mine, theirs in zip(staged[3].shadows.values() if shadows else (), (host[3].shadows or {}).values(), strict=False):
+        assert torch.equal(mine, theirs)
+
+
+def test_staging_needs_a_plan_and_a_device():
+    _, _, _, optimizer = train_ours(batches(1))
+    with pytest.raises(ValueError, match="^stage is for float32 parameters on CUDA, or where reads_device is set$"):
+        optimizer.stage()
+    optimizer.reads_device = True
+    with pytest.raises(ValueError, match=r"^is_staged must follow stage\(\) with gradients for the same parameters$"):
+        optimizer.step(is_staged=True)
+    optimizer.momentum = 1.5
+    with pytest.raises(ValueError, match=r"^momentum must be in \[0, 1\], got 1.5$"):
+        optimizer.stage()
+
+
 def test_frozen_and_missing_gradients():
     """No gradient: no decay, no state, but the average moves; frozen tables and strangers to the groups as well."""
     encoder, predictor, target = models()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..train.checkpoint import FORMAT as OURS  # also in config.json beside our safetensors
+from ..train.checkpoint import load as load_run
 from . import hf_ijepa, hf_vjepa2, official
 from ._names import State, strip
 from .released import released
@@ -72,8 +73,12 @@ Parts = tuple[str, dict[str, State], dict[str, dict], dict]
 
 
 def _folder(path: pathlib.Path) -> Parts:
-    if (path / "checkpoints" / "last.pt").is_file():
-        return _pickled(path / "checkpoints" / "last.pt")
+    if (path / "checkpoints" / "last.pt").exists():
+        path = path / "checkpoints" / "last.pt"
+    if path.is_file():
+        return _pickled(path)
+    if (path / "run.json").is_file():
+        return _of_run(load_run(path))
     config_path = path / "config.json"
     if not config_path.is_file():
         names = sorted(item.name for item in path.iterdir())[:8]
@@ -106,10 +111,7 @@ def _pickled(path: pathlib.Path) -> Parts:
     if not isinstance(file, Mapping):
         raise ValueError(f"{path} holds a {type(file).__name__}; expected {EXPECTED}")
     if file.get("format") == OURS and "objective" in file:
-        recipe = yaml.safe_load(file["recipe"]) if file.get("recipe") else {}
-        config = {role: fields for role, fields in recipe.get("objective", {}).items() if isinstance(fields, dict)}
-        rest = {key: value for key, value in file.items() if key not in ("format", "objective", "optimizer")}
-        return "run", official.roles_of(file["objective"]), config, rest | {"opt": file.get("optimizer")}
+        return _of_run(file)
     if any(isinstance(file.get(role), Mapping) for role in official.ROLES):
         roles, other = official.unpack(dict(file))
         return "official", roles, {}, other
@@ -120,6 +122,13 @@ def _pickled(path: pathlib.Path) -> Parts:
     if file and all(isinstance(value, Tensor) for value in file.values()):
         return _tensors(path, dict(file))
     raise ValueError(f"{path} holds {', '.join(map(str, list(file)[:8]))}; expected {EXPECTED}")
+
+
+def _of_run(file: Mapping) -> Parts:
+    recipe = yaml.safe_load(file["recipe"]) if file.get("recipe") else {}
+    config = {role: fields for role, fields in recipe.get("objective", {}).items() if isinstance(fields, dict)}
+    rest = {key: value for key, value in file.items() if key not in ("format", "objective", "optimizer")}
+    return "run", official.roles_of(file["objective"]), config, rest | {"opt": file.get("optimizer")}
 
 
 def _tensors(path: pathlib.Path, state: State) -> Parts:

@@ -9,7 +9,10 @@ A data set of videos (see video.py) has "clips" [B, C, T, H, W] in place of "ima
 Each epoch is a permutation drawn from (seed, epoch), or what the data set's own `order` draws, cut into whole batches
 of `global_batch_size`; the rest is dropped. Rank r gets the r-th of `world_size` equal slices of a batch. The views of
 an image depend on (seed, epoch, place in the data set, view) alone, a clip on (seed, epoch, place) and how often the
-place came before in this epoch; the views of a TensorAugment on (seed, step, row of the global batch).
+place came before in this epoch; the views of a TensorAugment or a DeviceMultiCrop on (seed, step, row of the global batch).
+
+The loader's processes live as long as the run. What they make, mostly uint8, is page-locked and copied one step ahead of
+the trainer; crops on the device and normalisation follow there (see Prefetcher).
 
 An unreadable file is replaced by the next readable one, in the order of the data set, so that batches keep their size.
 Each rank judges the files that it has seen: see `BadFiles`.
@@ -17,21 +20,21 @@ Each rank judges the files that it has seen: see `BadFiles`.
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .clip_transform import ClipTransform, EvalClipTransform, Region, pack, unpack
+from .device_crops import DeviceMultiCrop, Whole, pack_whole
 from .pixels import normalise, to_uint8
+from .prefetch import Batch, Prefetcher
 from .seeds import generator_for, mix_seed
 from .tensor_augment import TensorAugment
 from .transforms import Transform
 
-Batch = dict[str, Any]
 ClipTransforms = ClipTransform | EvalClipTransform
-AnyTransform = Transform | TensorAugment | ClipTransforms
+AnyTransform = Transform | TensorAugment | DeviceMultiCrop | ClipTransforms
 
 
 class BadFile(ValueError):
@@ -40,11 +43,13 @@ class BadFile(ValueError):
 
 def load_batches(dataset, transform: AnyTransform, *, global_batch_size: int, seed: int = 0,
                  start_step: int = 0, num_steps: int | None = None, rank: int = 0, world_size: int = 1,
-                 num_workers: int = 0, device: torch.device | str = "cpu", is_normalised: bool = True,
-                 max_bad_fraction: float = 0.01) -> Iterator[Batch]:
+                 num_workers: int = 0, prefetch_factor: int = 2, pin_memory: bool = True,
+                 device: torch.device | str = "cpu", is_normalised: bool = True,
+                 max_bad_fraction: float = 0.01) -> Prefetcher:
     """Training batches of one rank for the steps from `start_step` to `num_steps` (None: endless).
 
-    is_normalised = False leaves out mean and std: uint8, or float32 in [0, 1] after a TensorAugment.
+    is_normalised = False leaves out mean and std: uint8, or float32 in [0, 1] of views made on the device.
+    Each of `num_workers` processes has `prefetch_factor` batches under way; pin_memory counts for a GPU only.
     Raises ValueError at once for arguments that do not fit together, and on the way for too many unreadable files.
     """
     num_epoch_steps = steps_per_epoch(dataset, global_batch_size)
@@ -57,22 +62,24 @@ def load_batches(dataset, transform: AnyTransform, *, global_batch_size: int, se
         raise ValueError(f"start_step must be at least 0, got {start_step}")
     B = global_batch_size // world_size
     rows = _TrainingRows(dataset, seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
-    finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
-    loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
-    return _finished(loader, finish, start_step, rank * B, global_batch_size)
+    finish = _Finish(dataset, transform, seed, device, is_normalised, rank * B, global_batch_size)
+    bad_files = BadFiles(len(dataset), max_bad_fraction, _noun(dataset))
+    loader = _loader(dataset, transform, seed, rows, num_workers, prefetch_factor, pin_memory, device, max_bad_fraction)
+    return Prefetcher(_judged(loader, bad_files, finish, start_step), device, finish=finish, start_step=start_step)
 
 
 def load_in_order(dataset, transform: AnyTransform, *, batch_size: int, seed: int = 0,
                   num_workers: int = 0, device: torch.device | str = "cpu", is_normalised: bool = True,
-                  max_bad_fraction: float = 0.01) -> Iterator[Batch]:
+                  max_bad_fraction: float = 0.01) -> Prefetcher:
     """Every image once, in the order of the data set, the last batch shorter: for probes and pictures."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rows = ([(0, index) for index in range(start, min(start + batch_size, len(dataset)))]
             for start in range(0, len(dataset), batch_size))
-    finish = _Finish(dataset, transform, seed, device, is_normalised, max_bad_fraction)
-    loader = _loader(dataset, transform, seed, rows, num_workers, device, max_bad_fraction)
-    return _finished(loader, finish, 0, 0, None)
+    finish = _Finish(dataset, transform, seed, device, is_normalised, 0, None)
+    bad_files = BadFiles(len(dataset), max_bad_fraction, _noun(dataset))
+    loader = _loader(dataset, transform, seed, rows, num_workers, 2, True, device, max_bad_fraction)
+    return Prefetcher(_judged(loader, bad_files, finish, 0), device, finish=finish)
 
 
 def steps_per_epoch(dataset, global_batch_size: int) -> int:
@@ -171,7 +178,7 @@ class _Samples:
         # one search that meets more unreadable files than this has settled the matter
         self.max_bad = max(1, max_bad_fraction * len(dataset))
 
-    def __getitem__(self, key: tuple[int, ...]) -> tuple[list[Tensor] | Region | None, int, int, list[tuple[int, str]]]:
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[list[Tensor] | Region | Whole | None, int, int, list]:
         index, bad = key[1], []
         for place in range(index, index + len(self.dataset)):
             place %= len(self.dataset)
@@ -185,7 +192,7 @@ class _Samples:
             return views, int(self.dataset.labels[place]), place, bad
         return None, -1, index, bad
 
-    def _views(self, place: int, key: tuple[int, ...]) -> list[Tensor] | Region:
+    def _views(self, place: int, key: tuple[int, ...]) -> list[Tensor] | Region | Whole:
         if isinstance(self.transform, ClipTransforms):
             generator = generator_for(self.seed, *key)
             clip = self.dataset.clip(place, generator, num_clips=self.transform.num_clips,
@@ -194,6 +201,8 @@ class _Samples:
         image = self.dataset.image(place)
         if isinstance(self.transform, TensorAugment):
             return [to_uint8(image)]
+        if isinstance(self.transform, DeviceMultiCrop):
+            return self.transform.cut(image)
         generator, views = torch.Generator(), []
         for view in range(self.transform.num_views):
             generator.manual_seed(mix_seed(self.seed, *key[:2], view))
@@ -209,6 +218,8 @@ def _collate(samples: list) -> Batch:
         return batch
     if isinstance(views[0], Region):
         return batch | {"views": pack(views)}
+    if isinstance(views[0], Whole):
+        return batch | {"views": pack_whole(views)}
     sizes = sorted({tuple(sample[0].shape) for sample in views})
     if len(sizes) > 1:
         return batch | {"error": f"the images of a batch must have one size, got {sizes[0]} and {sizes[-1]}: choose a "
@@ -216,28 +227,36 @@ def _collate(samples: list) -> Batch:
     return batch | {"views": [torch.stack(view) for view in zip(*views, strict=True)]}
 
 
-def _loader(dataset, transform, seed: int, rows, num_workers: int, device, max_bad_fraction: float) -> DataLoader:
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+def _loader(dataset, transform, seed: int, rows, num_workers: int, prefetch_factor: int, pin_memory: bool, device,
+            max_bad_fraction: float) -> DataLoader:
+    for name, value, least in (("num_workers", num_workers, 0), ("prefetch_factor", prefetch_factor, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     # one pass for the whole run, so workers outlive epochs; a generator, or DataLoader draws from the global one
     return DataLoader(_Samples(dataset, transform, seed, max_bad_fraction), batch_sampler=rows, collate_fn=_collate,
-                      num_workers=num_workers, generator=torch.Generator(),
-                      pin_memory=torch.device(device).type == "cuda")
+                      num_workers=num_workers, prefetch_factor=prefetch_factor if num_workers else None,
+                      generator=torch.Generator(), pin_memory=pin_memory and torch.device(device).type == "cuda")
 
 
-def _finished(loader: DataLoader, finish: "_Finish", start_step: int, first: int, total: int | None) -> Iterator[Batch]:
+def _judged(loader: DataLoader, bad_files: BadFiles, finish: "_Finish", start_step: int) -> Iterator[Batch]:
+    """Host batches; what a view on the device needs to know is drawn here."""
     # no variable holds the loader's iterator: kept alive by a traceback, each of its workers takes 5 s to end
-    for n, batch in enumerate(loader):
-        yield finish(batch, start_step + n, first, total or len(batch["index"]))
+    for step, batch in enumerate(loader, start_step):
+        new = bad_files.add(batch["index"], batch.pop("bad"))
+        if batch["views"] is None:
+            raise ValueError(batch.get("error") or bad_files.summary())
+        yield finish.drawn(batch, step) | {"bad_files": new, "num_bad_files": len(bad_files.messages)}
 
 
 class _Finish:
-    """What follows the workers: judge unreadable files, move to the device, augment whole batches, normalise."""
+    """What follows the workers and the copy to the device: augment whole batches, normalise.
 
-    def __init__(self, dataset, transform, seed: int, device, is_normalised: bool, max_bad_fraction: float):
+    The rows are `first` and following of a global batch of `total` (None: of each batch itself).
+    """
+
+    def __init__(self, dataset, transform, seed: int, device, is_normalised: bool, first: int, total: int | None):
         self.transform, self.seed, self.device = transform, seed, torch.device(device)
-        self.bad_files = BadFiles(len(dataset), max_bad_fraction, _noun(dataset))
-        self.is_normalised = is_normalised
+        self.is_normalised, self.first, self.total = is_normalised, first, total
         if isinstance(transform, ClipTransforms) != hasattr(dataset, "clip"):
             raise ValueError(f"{_noun(dataset)} need a transform of their own, got {type(transform).__name__}")
         for name in ("mean", "std"):
@@ -247,20 +266,25 @@ class _Finish:
         self.mean, self.std = (torch.tensor(values, device=self.device)[:, None, None]
                                for values in (transform.mean, transform.std))
 
-    def __call__(self, batch: Batch, step: int, first: int, total: int) -> Batch:
-        new = self.bad_files.add(batch["index"], batch["bad"])
-        if batch["views"] is None:
-            raise ValueError(batch.get("error") or self.bad_files.summary())
+    def drawn(self, batch: Batch, step: int) -> Batch:
+        if not isinstance(self.transform, DeviceMultiCrop):
+            return batch
+        return batch | {"views": self.transform.draw(batch["views"], self.seed, step, self.first)}
+
+    def __call__(self, batch: Batch, step: int) -> Batch:
         is_video = isinstance(self.transform, ClipTransforms)
-        views = self._clips(batch["views"]) if is_video else self._images(batch["views"], step, first, total)
+        views = self._clips(batch["views"]) if is_video else self._images(batch["views"], step, len(batch["index"]))
         return {"clips" if is_video else "images": views[0] if len(views) == 1 else views, "index": batch["index"],
                 "labels": batch["labels"].to(self.device, non_blocking=True),
-                "bad_files": new, "num_bad_files": len(self.bad_files.messages)}
+                "bad_files": batch["bad_files"], "num_bad_files": batch["num_bad_files"]}
 
-    def _images(self, views: list[Tensor], step: int, first: int, total: int) -> list[Tensor]:
+    def _images(self, views: list[Tensor] | dict, step: int, B: int) -> list[Tensor]:
+        if isinstance(self.transform, DeviceMultiCrop):
+            statistics = (self.mean.flatten(), self.std.flatten()) if self.is_normalised else (None, None)
+            return self.transform.views(views, *statistics)
         views = [view.to(self.device, non_blocking=True) for view in views]
         if isinstance(self.transform, TensorAugment):
-            views = self.transform(views[0], self.seed, step, first, total)
+            views = self.transform(views[0], self.seed, step, self.first, self.total or B)
         return [normalise(view, self.mean, self.std) for view in views] if self.is_normalised else views
 
     def _clips(self, packed: dict) -> list[Tensor]:

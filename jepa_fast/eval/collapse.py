@@ -28,23 +28,34 @@ def collapse_monitors(features: Tensor, *, max_rows: int = 512) -> dict[str, Ten
 
     The standard deviation (divided by n, not n - 1) takes all rows; the rank at most `max_rows`, evenly spaced.
     """
+    return {**standard_deviations(features), "effective_rank": effective_rank(features, max_rows=max_rows)}
+
+
+@torch.no_grad()
+def standard_deviations(features: Tensor) -> dict[str, Tensor]:
+    """`std_mean` and `std_min` of `collapse_monitors`. No wait."""
     check_features("features", features)
     x = features.detach().double()
     # sum / n instead of mean(), which may multiply by 1 / n: the mean of a constant is then exact, and its deviation 0
     std = (x - x.sum(0) / x.shape[0]).square().mean(0).sqrt()
-    return {"std_mean": std.mean().float(), "std_min": std.min().float(),
-            "effective_rank": effective_rank(features, max_rows=max_rows)}
+    return {"std_mean": std.mean().float(), "std_min": std.min().float()}
 
 
 @torch.no_grad()
 def effective_rank(features: Tensor, *, max_rows: int = 512) -> Tensor:
     """RankMe of at most `max_rows` evenly spaced rows of features [n, D], 0-dim float32; at most min(max_rows, D)."""
+    return rank_of_gram(gram_of_rows(features, max_rows=max_rows))
+
+
+@torch.no_grad()
+def gram_of_rows(features: Tensor, *, max_rows: int = 512) -> Tensor:
+    """What `rank_of_gram` needs of at most `max_rows` evenly spaced rows: the smaller Gram matrix, float64. No wait."""
     check_features("features", features)
     if max_rows < 1:
         raise ValueError(f"max_rows must be >= 1, got {max_rows}")
     n = features.shape[0]
     x = features.detach()[::-(-n // max_rows)].double()
-    return _rank_of_gram(x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x)
+    return x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
 
 
 @torch.no_grad()
@@ -71,7 +82,7 @@ def monitors_of_moments(moments: Tensor) -> dict[str, Tensor]:
     mean = moments[0, 1:] / moments[0, 0]
     std = (moments.diagonal()[1:] / moments[0, 0] - mean.square()).clamp_min(0).sqrt()
     return {"std_mean": std.mean().float(), "std_min": std.min().float(),
-            "effective_rank": _rank_of_gram(moments[1:, 1:])}
+            "effective_rank": rank_of_gram(moments[1:, 1:])}
 
 
 @torch.no_grad()
@@ -84,7 +95,9 @@ def cosine(prediction: Tensor, target: Tensor) -> Tensor:
     return (unit[0] * unit[1]).sum(-1).mean()
 
 
-def _rank_of_gram(gram: Tensor) -> Tensor:
+@torch.no_grad()
+def rank_of_gram(gram: Tensor) -> Tensor:
+    """RankMe of the rows whose Gram matrix this is, 0-dim float32. Waits for the device on CUDA."""
     # eigvalsh raises on NaN; the trainer, not a monitor, is to name the step where one appears
     is_finite = torch.isfinite(gram).all()
     eigenvalues = torch.linalg.eigvalsh(torch.where(is_finite, gram, 0.0)).clamp_min(0)   # ascending

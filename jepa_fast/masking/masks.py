@@ -79,7 +79,10 @@ class Masks:
         (num_contexts, B), num_targets, N = self.context_lengths.shape, self.target_lengths.shape[0], self.num_tokens
         context_lengths, target_lengths = self.context_lengths.flatten(), self.target_lengths.flatten()
         context_rows = _sample_offsets(self.context_lengths, N).add_(self.context_idx)
-        target_rows = _sample_offsets(self.target_lengths, N).add_(self.target_idx)
+        target_idx = _sample_offsets(self.target_lengths, N).add_(self.target_idx)
+        is_target = torch.zeros(B, N, dtype=torch.bool, device=target_idx.device)
+        is_target.view(-1)[target_idx] = True
+        target_row_lengths = is_target.sum(1)
 
         # a predictor sequence is two pieces of cat([context_idx, target_idx]): list (e, b), then list (m, b)
         m, e = self._pairs()
@@ -93,6 +96,7 @@ class Masks:
         context_target = rows.index_select(0, context_prediction_idx)
         prediction_idx = _runs(_starts(sequence_lengths) + context_pieces, target_pieces)
         prediction_target = rows.index_select(0, prediction_idx).sub_(len(context_rows))
+        prediction_target_idx = target_idx.index_select(0, prediction_target)
         is_uniform = int(target_lengths.min()) == int(target_lengths.max())
         position = torch.cat([self.context_idx, self.target_idx]).index_select(0, rows)
         # every row past the contexts is a target, and all targets of a list share one mask-token row
@@ -103,26 +107,50 @@ class Masks:
             context_idx=context_rows,
             context_cu_seqlens=_cu_seqlens(context_lengths),
             context_max_seqlen=int(context_lengths.max()),
-            target_idx=target_rows,
+            target_idx=target_idx,
             predictor_idx=predictor_idx,
             predictor_position=position,
             predictor_cu_seqlens=_cu_seqlens(sequence_lengths),
             predictor_max_seqlen=int(sequence_lengths.max()),
             prediction_idx=prediction_idx,
-            prediction_target_idx=target_rows.index_select(0, prediction_target),
+            prediction_target_idx=prediction_target_idx,
+            prediction_target_row=is_target.view(-1).cumsum(0).sub_(1).index_select(0, prediction_target_idx),
+            target_rows=is_target.view(-1).nonzero().view(-1),
+            target_rows_cu_seqlens=_cu_seqlens(target_row_lengths),
+            target_rows_max_seqlen=int(target_row_lengths.max()),
             prediction_cu_seqlens=_cu_seqlens(target_pieces),
             prediction_max_seqlen=int(target_lengths.max()),
             prediction_lengths=None if is_uniform else target_pieces,
             context_prediction_idx=context_prediction_idx,
             context_target_idx=context_rows.index_select(0, context_target),
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=rows.device),
-            batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets)
+            batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets,
+            counts=MaskCounts.of(context_lengths, sequence_lengths, target_pieces))
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Target list and context list of every kind of predictor sequence, [S] each."""
         (E, _), M, device = self.context_lengths.shape, self.target_lengths.shape[0], self.context_lengths.device
         targets, contexts = torch.arange(M, device=device), torch.arange(E, device=device)
         return (targets, contexts) if self.is_paired else (targets.repeat_interleave(E), contexts.repeat(M))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCounts:
+    """What masks cost, known on the host: tokens, for linear layers, and pairs (query, key), for attention."""
+
+    context: int
+    context_pairs: int
+    predictor: int
+    predictor_pairs: int
+    prediction: int           # mask tokens among those of the predictor
+    prediction_pairs: int     # of mask tokens as queries with all tokens of their sequences
+
+    @classmethod
+    def of(cls, context: Tensor, predictor: Tensor, prediction: Tensor) -> MaskCounts:
+        """Lengths of context sequences, of predictor sequences, and how many of the latter's tokens are predicted."""
+        return cls(context=int(context.sum()), context_pairs=int(context.square().sum()),
+                   predictor=int(predictor.sum()), predictor_pairs=int(predictor.square().sum()),
+                   prediction=int(prediction.sum()), prediction_pairs=int((prediction * predictor).sum()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,6 +173,10 @@ class PackedMasks:
     predictor_max_seqlen: int
     prediction_idx: Tensor          # [Q]: row of the predictor output, ordered (m, e, b, token)
     prediction_target_idx: Tensor   # [Q]: row of [B*N] each prediction is compared with
+    prediction_target_row: Tensor   # [Q]: the same as an entry of target_rows
+    target_rows: Tensor             # [R]: the rows of [B*N] that any prediction is compared with, rising
+    target_rows_cu_seqlens: Tensor  # [B + 1]: which of them belong to which sample
+    target_rows_max_seqlen: int
     prediction_cu_seqlens: Tensor   # [S + 1]: which predictions belong to which sequence
     prediction_max_seqlen: int
     prediction_lengths: Tensor | None   # [S]: predictions per sequence; None where all are equal
@@ -155,6 +187,9 @@ class PackedMasks:
     num_tokens: int                 # N
     num_contexts: int               # E
     num_targets: int                # M
+    prediction_weight: Tensor | None = None  # [Q] float64: of a prediction in the loss, 0 for padding; None: see above
+    num_padding: int = 0            # so many of the last rows of each list may be padding (see `padding.pad`)
+    counts: MaskCounts | None = None    # tokens without any padding; None where batches were joined
 
     @classmethod
     def join(cls, batches: list[PackedMasks]) -> PackedMasks:
@@ -167,7 +202,8 @@ class PackedMasks:
             return batches[0]
         sizes = {"context": [len(m.context_idx) for m in batches], "tokens": [m.batch_size * m.num_tokens for m in batches],
                  "predictor": [len(m.predictor_idx) for m in batches], "table": [m.num_tokens for m in batches],
-                 "prediction": [len(m.prediction_idx) for m in batches]}
+                 "prediction": [len(m.prediction_idx) for m in batches],
+                 "target_rows": [len(m.target_rows) for m in batches]}
 
         def rows(name: str, kind: str) -> Tensor:
             return torch.cat([getattr(m, name) + start for m, start in zip(batches, _before(sizes[kind]), strict=True)])
@@ -187,6 +223,9 @@ class PackedMasks:
             predictor_max_seqlen=max(m.predictor_max_seqlen for m in batches),
             prediction_idx=rows("prediction_idx", "predictor"),
             prediction_target_idx=rows("prediction_target_idx", "tokens"),
+            prediction_target_row=rows("prediction_target_row", "target_rows"),
+            target_rows=rows("target_rows", "tokens"), target_rows_cu_seqlens=ends("target_rows_cu_seqlens", "target_rows"),
+            target_rows_max_seqlen=max(m.target_rows_max_seqlen for m in batches),
             prediction_cu_seqlens=ends("prediction_cu_seqlens", "prediction"),
             prediction_max_seqlen=max(m.prediction_max_seqlen for m in batches),
             prediction_lengths=ends("prediction_cu_seqlens", "prediction").diff().long(),

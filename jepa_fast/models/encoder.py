@@ -81,12 +81,25 @@ class VisionTransformer(nn.Module):
         x = x + positions[context_idx % positions.shape[0]]
         return self._run(x, sequences)
 
+    def rows(self, images: Tensor, whole: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
+        """Rows `rows` [R] of [B * N] of forward(images) -> [R, D], without the last block's work for the others.
+
+        `whole` are all tokens, sample by sample, `row_sequences` says which rows belong to which sample.
+        """
+        if self.config.class_token:
+            raise ValueError("rows are counted without a class token, and the encoder has one")
+        x, _ = self._tokens(images)
+        for block in self.blocks[:-1]:
+            x = block(x, whole)
+        return self.norm(self.blocks[-1].of_rows(x, whole, rows, row_sequences))
+
     def views(self, views: list[Tensor]) -> list[Tensor]:
         """Views [B_v, C, H_v, W_v] of any sizes as one packed batch -> pooled features [B_v, num_features] each."""
         packed = [self._tokens(view) for view in views]
-        lengths = [seq.max_seqlen for _, seq in packed for _ in range(len(seq.cu_seqlens) - 1)]
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(views[0].device)
-        x = self._run(torch.cat([x for x, _ in packed]), Sequences(ends, max(lengths)))
+        # summed on the device: a copy from the host would wait
+        lengths = torch.cat([seq.cu_seqlens.diff() for _, seq in packed])
+        ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        x = self._run(torch.cat([x for x, _ in packed]), Sequences(ends, max(seq.max_seqlen for _, seq in packed)))
         parts = x.split([x.shape[0] for x, _ in packed])
         return [self.pool(part.view(view.shape[0], -1, part.shape[-1])) for part, view in zip(parts, views, strict=True)]
 

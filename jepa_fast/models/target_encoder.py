@@ -5,6 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..masking import PackedMasks
+from ..nn import fp8
+from ..nn.block import Sequences
 from ..ops import ema_update_
 
 
@@ -18,6 +21,23 @@ class TargetEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         return self.encoder(images)
+
+    @torch.no_grad()
+    def rows(self, pixels: Tensor, masks: PackedMasks) -> Tensor:
+        """Tokens masks.target_rows [R] of forward(pixels) -> [R, D], all that a loss compares with: exact.
+
+        The last block has queries, projection and MLP for these rows only.
+        """
+        return self.encoder.rows(pixels, Sequences(masks.full_cu_seqlens, masks.num_tokens), masks.target_rows,
+                                 Sequences(masks.target_rows_cu_seqlens, masks.target_rows_max_seqlen))
+
+    def quantize_(self) -> None:
+        """Compute the products of all blocks but the last in float8 from now on; see nn/fp8.py for what it needs."""
+        fp8.quantize_(self.encoder)
+
+    def refresh_(self) -> None:
+        """Quantise the weights anew: after every step of the average, where `quantize_` was called."""
+        fp8.refresh_(self.encoder)
 
     @torch.no_grad()
     def update(self, source: nn.Module, momentum: float) -> None:

@@ -84,6 +84,17 @@ class VideoTransformer(nn.Module):
         rotary = self._rotary(grid)
         return self._run(x, replace(sequences, rotary=rotary[context_idx % len(rotary)]))
 
+    def rows(self, clips: Tensor, whole: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
+        """Rows `rows` [R] of [B * N] of forward(clips) -> [R, D], without the last block's work for the others.
+
+        `whole` are all tokens, clip by clip, `row_sequences` says which rows belong to which clip.
+        """
+        x, rotary = self._tokens(self.patch_embed(clips), self.patch_embed.grid(clips))
+        whole = replace(whole, rotary=rotary)
+        for block in self.blocks[:-1]:
+            x = block(x, whole)
+        return self.norm(self.blocks[-1].of_rows(x, whole, rows, row_sequences))
+
     def features(self, clips: Tensor) -> Tensor:
         """The mean of the tokens [B, D]."""
         return self(clips).mean(1)
@@ -94,13 +105,15 @@ class VideoTransformer(nn.Module):
 
     def _all(self, x: Tensor, grid: Grid) -> Tensor:
         B, N, D = x.shape
-        rotary = None
+        x, rotary = self._tokens(x, grid)
+        return self._run(x, Sequences.uniform(B, N, x.device, rotary)).view(B, N, D)
+
+    def _tokens(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, D] -> packed [B * N, D] with position tables added, or the rotary table [B * N, 2, R]."""
         if self.config.positions == "sincos":
             # added in x's dtype: a bfloat16 residual stream under autocast, as official
-            x = x + self._table(grid).to(x.dtype)
-        else:
-            rotary = self._rotary(grid).repeat(B, 1, 1)
-        return self._run(x.flatten(0, 1), Sequences.uniform(B, N, x.device, rotary)).view(B, N, D)
+            return (x + self._table(grid).to(x.dtype)).flatten(0, 1), None
+        return x.flatten(0, 1), self._rotary(grid).repeat(x.shape[0], 1, 1)
 
     def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
         for block in self.blocks:

@@ -2,9 +2,11 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops._distributed import sum_over_ranks
+from .block import at_least_float32
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -24,11 +26,11 @@ class GlobalBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         dims = [0] if x.dim() == 2 else [0, 2, 3]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        values = x.float()
+        values = at_least_float32(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = dist_nn.all_reduce(values.sum(dims)) / count
+        mean = sum_over_ranks(values.sum(dims), dist.group.WORLD, upstream_sync=True) / count
         centred = values - mean.view(shape)
-        variance = dist_nn.all_reduce(centred.square().sum(dims)) / count
+        variance = sum_over_ranks(centred.square().sum(dims), dist.group.WORLD, upstream_sync=True) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -1,12 +1,16 @@
 """The transformer block of every JEPA here, on packed tokens [P, D] with cu_seqlens."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bias_gelu, gather_tokens, varlen_attention, varlen_attention_qkv
+from .block_compiled import Fusion, compiled_block, fastest
+from .block_function import Activations, BlockWeights, How, block
+from .fp8 import Float8Weight
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,14 @@ class Block(nn.Module):
     """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x)).
 
     `drop_path` is the probability that a sequence skips a branch in training (stochastic depth); the kept ones are
-    scaled up by 1 / (1 - drop_path).
+    scaled up by 1 / (1 - drop_path). `activations` says what the backward pass finds and what it computes again, `fusion`
+    who fuses: see block_function and block_compiled.
     """
+
+    activations: Activations = "all"
+    fusion: Fusion = "ops"
+    copies: dict[nn.Parameter, Tensor] | None = None  # of weights in a narrower dtype, kept up to date by the optimizer
+    float8: dict[nn.Parameter, Float8Weight] | None = None  # of weights where nothing trains, see fp8
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -115,8 +125,29 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        x = x + self._drop(self.attn(self.norm1(x), sequences), sequences)
-        return x + self._drop(self.mlp(self.norm2(x)), sequences)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        scale1, scale2 = (self._row_scale(sequences, x.shape[0]) for _ in range(2))
+        how = How(sequences.cu_seqlens, sequences.max_seqlen, sequences.rotary, sequences.frame_size, self.attn.num_heads,
+                  self.norm1.eps, dtype, self.activations, scale1, scale2)
+        weights = BlockWeights(*(parameter for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2,
+                                                         self.mlp.fc1, self.mlp.fc2)
+                                 for parameter in (layer.weight, layer.bias)))
+        compute = compiled_block if self.fusion == "compile" and self.float8 is None else block
+        return compute(x, weights, self._in(dtype, weights), how)
+
+    def _in(self, dtype: torch.dtype, weights: BlockWeights) -> BlockWeights:
+        """The weights of products in the dtype that these compute in: the optimizer's copies, or made here."""
+        def narrowed(weight: Tensor) -> Tensor | Float8Weight:
+            if self.float8 is not None and weight in self.float8:
+                return self.float8[weight]
+            if weight.dtype == dtype:
+                return weight
+            copy = None if self.copies is None else self.copies.get(weight)
+            return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
+
+        names = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")
+        return weights._replace(**{name: narrowed(getattr(weights, name)) for name in names})
 
     def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
         """Rows `rows` [Q] of forward(x) -> [Q, D], where the others are not wanted: exact, without their share of work."""
@@ -137,9 +168,30 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)), new), kept
 
     def _drop(self, branch: Tensor, sequences: Sequences) -> Tensor:
+        scale = self._row_scale(sequences, branch.shape[0])
+        return branch if scale is None else branch * scale.to(branch.dtype)
+
+    def _row_scale(self, sequences: Sequences, num_rows: int) -> Tensor | None:
+        """Stochastic depth of one branch [P, 1]: 0 for the rows of sequences that skip it; None where none does."""
         if not self.training or self.drop_path == 0.0:
-            return branch
+            return None
         lengths = sequences.cu_seqlens.diff()
-        keep = torch.rand(len(lengths), device=branch.device) >= self.drop_path
-        scale = (keep / (1 - self.drop_path)).to(branch.dtype)
-        return branch * torch.repeat_interleave(scale, lengths, output_size=branch.shape[0]).unsqueeze(1)
+        keep = torch.rand(len(lengths), device=lengths.device) >= self.drop_path
+        return torch.repeat_interleave(keep / (1 - self.drop_path), lengths, output_size=num_rows).unsqueeze(1)
+
+
+def use_copies_(module: nn.Module, copies: dict[nn.Parameter, Tensor]) -> None:
+    """Let every block of a module take these copies of its weights where products are computed in their dtype."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.copies = {parameter: copies[parameter] for parameter in part.parameters() if parameter in copies}
+
+
+def configure_blocks_(module: nn.Module, activations: Activations, fusion: Fusion | Literal["auto"],
+                      architecture: str) -> None:
+    """What every block of a module keeps for its backward pass, and who fuses; auto: what was measured as faster there."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.activations, part.fusion = activations, fusion
+            if fusion == "auto":
+                part.fusion = fastest(architecture, part.norm1.weight.shape[0]) if activations == "all" else "ops"

@@ -40,7 +40,7 @@ def rotary_table(positions: Tensor, widths: tuple[int, ...], pairing: str, theta
     angles = torch.cat([_angles(positions[:, axis], width, pairing, theta, angle_dtype)
                         for axis, width in enumerate(widths)], 1)
     out = torch.float64 if angle_dtype == torch.float64 else torch.float32
-    sign = torch.tensor([-1.0, 1.0], device=angles.device).repeat(angles.shape[1] // 2)
+    sign = torch.arange(angles.shape[1], device=angles.device) % 2 * 2 - 1  # -1, 1, ...; made there, not copied there
     return torch.stack([angles.cos().to(out), angles.sin().to(out) * sign], 1)
 
 

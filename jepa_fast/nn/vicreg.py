@@ -5,9 +5,10 @@ Bardes et al., arXiv:2105.04906; with the temporal terms of PLDM, arXiv:2502.148
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops._distributed import sum_over_ranks
 
 
 def hinge_std(x: Tensor, margin: float = 1.0) -> Tensor:
@@ -51,7 +52,7 @@ def all_rows(x: Tensor) -> Tensor:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     before, after = dist.get_rank() * len(x), (dist.get_world_size() - dist.get_rank() - 1) * len(x)
-    return dist_nn.all_reduce(F.pad(x, (0, 0, before, after)))
+    return sum_over_ranks(F.pad(x, (0, 0, before, after)), dist.group.WORLD, upstream_sync=True)
 
 
 def _centred(x: Tensor) -> Tensor:

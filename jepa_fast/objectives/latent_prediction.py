@@ -16,7 +16,7 @@ from ..models.target_encoder import TargetEncoder
 from ..nn.block import Sequences, at_least_float32
 from ..ops import latent_loss
 from ..optim.schedules import Linear
-from ._target_prediction import TargetPrediction
+from ._target_prediction import TargetPrediction, on_device, true_rows, true_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class LatentPredictionConfig:
 
 
 class LatentPrediction(TargetPrediction):
+    is_capturable = True    # steps differ in tensors only, so that a CUDA graph can replay them
+    pad_tokens_to: int = 0  # set by the trainer: packed tokens come in multiples of this; 0: no padding
+
     def __init__(self, config: LatentPredictionConfig):
         super().__init__()
         config.masking.check_grid(config.encoder.grid)
@@ -45,15 +48,20 @@ class LatentPrediction(TargetPrediction):
         """Add the masks of this step: a function of (seed, step, number of the sample in the global batch)."""
         masks = self.config.masking.sample(self.config.encoder.grid, len(batch["images"]), seed=seed, step=step,
                                            first_sample=first_sample)
-        return batch | {"masks": masks.pack().to(batch["images"].device, non_blocking=True)}
+        return batch | {"masks": on_device(masks.pack(), self.pad_tokens_to, batch["images"].device)}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """{"images": [B, C, H, W], "masks": PackedMasks} -> {"loss": 0-dim, scalars and features to watch}."""
+        """{"images": [B, C, H, W], "masks": PackedMasks} -> {"loss": 0-dim, scalars and features to watch}.
+
+        The features are the target encoder's tokens that any prediction is compared with, and no others.
+        """
         masks = batch["masks"]
-        prediction, target = self.predict(batch["images"], masks), self.targets(batch["images"], masks)
-        loss, statistics = latent_loss(prediction, target, masks.prediction_target_idx, beta=self.config.beta,
+        prediction = self.predict(batch["images"], masks)
+        target = at_least_float32(self.target_encoder.rows(batch["images"], masks))
+        loss, statistics = latent_loss(prediction, target, masks.prediction_target_row, beta=self.config.beta,
                                        weight=sequence_weights(masks, prediction.dtype), return_stats=True)
-        return {"loss": loss, **statistics, "features": target}
+        statistics = true_statistics(statistics, prediction.detach(), target, masks)
+        return {"loss": loss, **statistics, "features": true_rows(target, masks)}
 
     def predict(self, images: Tensor, masks: PackedMasks) -> Tensor:
         """Predictions [P_t, D], in the order target block, context, sample, token."""
@@ -76,6 +84,8 @@ def sequence_weights(masks: PackedMasks, dtype: torch.dtype) -> Tensor | None:
     With ragged blocks the mean over all tokens would depend on how samples are spread over ranks and micro-batches;
     the mean of each block's mean does not.
     """
+    if masks.prediction_weight is not None:
+        return masks.prediction_weight.to(dtype)
     lengths = masks.prediction_lengths
     if lengths is None:
         return None

@@ -44,6 +44,8 @@ class LeJEPAConfig:
 
 
 class LeJEPA(nn.Module):
+    is_capturable = True  # steps differ in tensors only, so that a CUDA graph can replay them
+
     def __init__(self, config: LeJEPAConfig):
         super().__init__()
         self.config = config

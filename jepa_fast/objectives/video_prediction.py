@@ -18,7 +18,7 @@ from ..models.video_predictor import VideoPredictor, VideoPredictorConfig
 from ..nn.block import Sequences, at_least_float32
 from ..ops import latent_loss
 from ..optim.schedules import Constant, Linear
-from ._target_prediction import TargetPrediction
+from ._target_prediction import TargetPrediction, on_device, true_rows, true_statistics
 from .latent_prediction import sequence_weights
 
 
@@ -50,6 +50,9 @@ class VideoPredictionConfig:
 
 
 class VideoPrediction(TargetPrediction):
+    is_capturable = True    # steps differ in tensors only, so that a CUDA graph can replay them
+    pad_tokens_to: int = 0  # set by the trainer: packed tokens come in multiples of this; 0: no padding
+
     def __init__(self, config: VideoPredictionConfig):
         super().__init__()
         config.masking.check_grid(config.encoder.grid)
@@ -66,7 +69,7 @@ class VideoPrediction(TargetPrediction):
         for clips in as_list(batch["clips"]):
             masks = self.config.masking.sample(self.encoder.patch_embed.grid(clips), len(clips), seed=seed, step=step,
                                                first_sample=first_sample)
-            packed.append(self.pack(masks).to(clips.device, non_blocking=True))
+            packed.append(on_device(self.pack(masks), self.pad_tokens_to, clips.device))
         return batch | {"masks": packed}
 
     def pack(self, masks: Masks) -> PackedMasks:
@@ -76,7 +79,10 @@ class VideoPrediction(TargetPrediction):
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """{"clips": [B, C, T, H, W], or a list with one such tensor per clip length, "masks": PackedMasks of each}
-        -> {"loss": 0-dim, scalars and features to watch}."""
+        -> {"loss": 0-dim, scalars and features to watch}.
+
+        The features are the target encoder's tokens that any prediction is compared with, and no others.
+        """
         groups = list(zip(as_list(batch["clips"]), as_list(batch["masks"]), strict=True))
         if len(groups) != self.config.num_clip_lengths:
             raise ValueError(f"clips must have num_clip_lengths = {self.config.num_clip_lengths} lengths, "
@@ -86,13 +92,15 @@ class VideoPrediction(TargetPrediction):
         return out | {"features": results[0]["features"]}
 
     def _group(self, clips: Tensor, masks: PackedMasks, number: int) -> dict[str, Tensor]:
-        prediction, target = self.predict(clips, masks, number), self.targets(clips)
-        loss, statistics = latent_loss(prediction, target, masks.prediction_target_idx, beta=0.0,
+        prediction = self.predict(clips, masks, number)
+        target = at_least_float32(self.target_encoder.rows(clips, masks))
+        loss, statistics = latent_loss(prediction, target, masks.prediction_target_row, beta=0.0,
                                        weight=sequence_weights(masks, prediction.dtype), return_stats=True)
+        statistics = true_statistics(statistics, prediction.detach(), target, masks)
         if self.config.reg_coeff:
             statistics["variance_loss"] = variance_loss(prediction, masks)
             loss = loss + self.config.reg_coeff * statistics["variance_loss"]
-        return {"loss": loss, **statistics, "features": target}
+        return {"loss": loss, **statistics, "features": true_rows(target, masks)}
 
     def predict(self, clips: Tensor, masks: PackedMasks, group: int = 0) -> Tensor:
         """Predictions [Q, D], in the order kind of mask, sample, token; `group` is the number of the clip length."""
@@ -112,12 +120,14 @@ def variance_loss(prediction: Tensor, masks: PackedMasks) -> Tensor:
 
     prediction [Q, D]; std = sqrt(unbiased variance + 1e-4) [kinds, B, D], averaged over the kinds of mask first.
     """
-    lengths = masks.prediction_cu_seqlens.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=prediction.device), lengths)
-    count = lengths.to(prediction.dtype).unsqueeze(1)
-    mean = prediction.new_zeros(len(lengths), prediction.shape[1]).index_add(0, sequence, prediction) / count
-    squares = torch.zeros_like(mean).index_add(0, sequence, (prediction - mean[sequence]).square())
-    std = torch.sqrt(squares / (count - 1) + 1e-4)
+    cu_seqlens, num_lists = masks.prediction_cu_seqlens, masks.num_targets * masks.batch_size
+    rows = torch.arange(len(prediction), dtype=cu_seqlens.dtype, device=prediction.device)
+    sequence = torch.bucketize(rows, cu_seqlens[1:], right=True)
+    # padding is in sequences of its own, the last ones
+    count = cu_seqlens.diff().clamp(min=1).to(prediction.dtype).unsqueeze(1)
+    mean = prediction.new_zeros(len(count), prediction.shape[1]).index_add(0, sequence, prediction) / count
+    squares = torch.zeros_like(mean).index_add(0, sequence, (prediction - mean[sequence]).square())[:num_lists]
+    std = torch.sqrt(squares / (count[:num_lists] - 1) + 1e-4)
     return torch.relu(1 - std.unflatten(0, (-1, masks.batch_size)).mean(0)).mean()
 
 

@@ -5,6 +5,7 @@ from ._define import BACKENDS, ORDER, TABLE, checks_on_device, info, use_backend
 from .adamw_ema import adamw_ema_, adamw_ema_scalars, adamw_ema_scalars_
 from .assemble_predictor_input import assemble_predictor_input
 from .bias_gelu import bias_gelu
+from .crop_resize import crop_resize
 from .directions import directions
 from .ema_update import ema_update_
 from .gather_patches import gather_patches, scatter_patches
@@ -18,7 +19,7 @@ from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 
 __all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "adamw_ema_scalars",
-           "adamw_ema_scalars_", "assemble_predictor_input", "bias_gelu", "checks_on_device", "directions",
-           "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm", "matmul",
+           "adamw_ema_scalars_", "assemble_predictor_input", "bias_gelu", "checks_on_device", "crop_resize",
+           "directions", "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm", "matmul",
            "multiblock", "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend", "varlen_attention",
            "varlen_attention_qkv", "why_not"]

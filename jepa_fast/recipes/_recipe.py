@@ -59,8 +59,10 @@ class TrainConfig:
     accumulate: int = 1                        # micro-batches per step and rank
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast, parameters and optimizer state stay float32
     target_precision: Literal["same", "fp8"] = "same"  # of the target encoder's products; fp8 approximates (class E3)
-    activations: Literal["lean", "all", "checkpoint"] = "lean"  # kept for the backward pass; all three give the same bits
+    activations: Literal["all", "lean", "checkpoint"] = "all"  # kept for the backward pass: 36, 24 or 4 bytes x D
+    blocks: Literal["auto", "ops", "compile"] = "auto"  # who fuses a block: our ops, torch.compile, or what was measured
     shard_ranks: int = 1                       # ranks that hold one copy of the weights: 1 DDP, -1 all (FSDP2), else HSDP
+    timeout_s: float = 600.0                   # a collective that takes longer ends the run: a rank hangs
     cuda_graphs: bool = False                  # replay whole steps: for small models; needs pad_tokens_to
     pad_tokens_to: int = 0                     # packed tokens come in multiples of this, so shapes repeat; 0: no padding
     seed: int = 0

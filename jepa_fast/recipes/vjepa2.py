@@ -45,7 +45,7 @@ def _pretraining(name: str, size: str) -> Recipe:
         optim=OptimConfig(lr=WarmupCosine(start=1e-4, peak=5.25e-4, final=5.25e-4, warmup_epochs=40),
                           weight_decay=Constant(value=0.04)),
         train=TrainConfig(batch_size=3072, epochs=800, steps_per_epoch=300, schedule_scale=1.25, precision="bf16",
-                          seed=239))
+                          seed=239, activations="lean" if size == "g" else "all"))
 
 
 def _cooldown(name: str, size: str, *, mask_group_size: int, image_size: int = 256) -> Recipe:
@@ -60,7 +60,7 @@ def _cooldown(name: str, size: str, *, mask_group_size: int, image_size: int = 2
     return dataclasses.replace(
         recipe, summary=f"cool-down of vjepa2_vit{size.lower()}16: 64 frames at {image_size}, 40 x 300 steps",
         objective=objective, data=data, optim=dataclasses.replace(recipe.optim, lr=lr),
-        train=dataclasses.replace(recipe.train, epochs=40))
+        train=dataclasses.replace(recipe.train, epochs=40, activations="lean"))
 
 
 def vjepa2_vitl16() -> Recipe:

@@ -58,7 +58,7 @@ def _pretraining(size: str) -> Recipe:
         optim=OptimConfig(lr=WarmupConstantLinear(start=1e-4, peak=6e-4, final=6e-4, warmup_epochs=40, anneal_epochs=0),
                           weight_decay=Constant(value=0.04)),
         train=TrainConfig(batch_size=3072, epochs=1000, steps_per_epoch=300, schedule_scale=1.25, precision="bf16",
-                          seed=239))
+                          seed=239, activations="all" if size == "b" else "lean"))
 
 
 def _cooldown(size: str) -> Recipe:
@@ -75,7 +75,7 @@ def _cooldown(size: str) -> Recipe:
     return dataclasses.replace(
         recipe, name=f"{recipe.name}_cooldown", summary=f"cool-down of {recipe.name}: 64 frames, 40 x 300 steps",
         objective=objective, data=data, optim=dataclasses.replace(recipe.optim, lr=lr),
-        train=dataclasses.replace(recipe.train, epochs=40))
+        train=dataclasses.replace(recipe.train, epochs=40, activations="lean"))
 
 
 def _letter(size: str) -> str:

@@ -1,10 +1,17 @@
 """Processes and devices: what torchrun says, or one process."""
 
+import datetime
 import os
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from .peers import Peers
+
+_peers: Peers | None = None  # of this process, as its process group is
 
 
 @dataclass(frozen=True)
@@ -18,10 +25,10 @@ class World:
         return self.rank == 0
 
 
-def start(device: str) -> World:
+def start(device: str, timeout_s: float = 600.0) -> World:
     """Join the process group that torchrun describes (gloo on CPUs, nccl on GPUs), or be a world of one.
 
-    device: "auto", "cpu" or "cuda". Raises ValueError where the description is incomplete or the device is not there.
+    device: "auto", "cpu" or "cuda". From then on every rank ends when one dies; where one hangs, after timeout_s. Raises ValueError where the description is incomplete or the device is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but PyTorch sees no GPU; use cpu or auto")
@@ -37,13 +44,58 @@ def start(device: str) -> World:
     if missing:
         raise ValueError(f"WORLD_SIZE is {size} but {', '.join(missing)} not set: start the processes with torchrun")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", device_id=where if use_cuda else None)
+        global _peers
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if use_cuda else "gloo", device_id=where if use_cuda else None, timeout=timeout)
+        side = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else dist.group.WORLD
+        _peers = Peers(dist.get_rank(), dist.get_world_size(), os.environ["MASTER_ADDR"], side)
     return World(dist.get_rank(), dist.get_world_size(), where)
 
 
 def stop() -> None:
+    """Leave the others in good order."""
+    global _peers
+    if _peers is not None:
+        _peers.leave()
+        _peers = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def give_up() -> None:
+    """After an error that was told: end the other ranks, and this process, whose threads may wait for ranks that are gone."""
+    if _peers is not None:
+        _peers.leave(failed=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def same(value: object, world: World) -> object:
+    """The first rank's value, on every rank."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def advise(text: str) -> None:
+    """What to say after the message that a rank died: how to go on."""
+    if _peers is not None:
+        _peers.advice = text
+
+
+def told(error: BaseException) -> str:
+    """The message of an error, where ranks answer badly in words; waits where the death of a rank is its cause.
+
+    Collectives notice a dead rank too, in their own way; that rank's name follows in a moment and ends this process.
+    """
+    text = " ".join(str(error).split())
+    if _peers is None or not (isinstance(error, dist.DistError) or "gloo" in text):
+        return text
+    time.sleep(3.0)
+    is_timeout = "imed out" in text or "imeout" in text
+    return f"a rank did not answer in time (train.timeout_s): it hangs, or its machine is gone: {text}" if is_timeout else text
 
 
 def barrier(world: World) -> None:

@@ -1,20 +1,26 @@
 """One step of training: schedules, forward, backward, clipping, optimizer and moving average."""
 
-import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from ..models.flops import Work
+from ..nn.block import configure_blocks_, use_copies_
+from ..objectives.flops import step_work
 from ..optim import AdamWEMA, Horizon, clip_scale, param_groups
 from ..recipes import Recipe
 from .distributed import World
+from .host_memory import keep_freed_memory
+from .options import apply_options
+from .parallel import averaged_gradients
 
 
 class TrainStep:
     """A whole step of a recipe, as the loop takes it and as `bench step` times it.
 
-    `model` is the objective, or what wraps it for several processes. Nothing here waits for a device.
+    `model` is the objective, or what wraps it for several processes. Nothing here waits for a device. `work` is what the
+    last step asked of this rank's device.
     """
 
     def __init__(self, recipe: Recipe, objective: nn.Module, optimizer: AdamWEMA, horizon: Horizon, world: World,
@@ -22,31 +28,59 @@ class TrainStep:
         self.recipe, self.objective, self.optimizer, self.horizon, self.world = recipe, objective, optimizer, horizon, world
         self.model = objective if model is None else model
         self.first_sample = world.rank * local_batch_size(recipe, world.size)
+        self.work = Work()
+        configure_blocks_(objective, recipe.train.activations, recipe.train.blocks, architecture(world.device))
+        if recipe.train.precision == "bf16":
+            keep_copies_(objective, optimizer)
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        apply_options(recipe, objective, optimizer, world)
 
     def __call__(self, batch: dict, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Step number `step` (from 0) on one rank's batch: losses and what else to watch, and the schedules' values."""
         recipe = self.recipe
         settings = set_schedules(self.optimizer, recipe, step, self.horizon)
         torch.manual_seed(recipe.train.seed + 1_000_003 * step + self.world.rank)
-        losses = accumulate(self.model, self.objective, batch, recipe, step, self.first_sample)
+        self.work = Work()
+        losses = accumulate(self.model, self.objective, batch, recipe, step, self.first_sample, self.count)
         is_clipped = step >= self.horizon.steps(recipe.optim.clip_from_epoch)
         self.optimizer.step(grad_scale=clip(recipe, self.objective, losses) if is_clipped else None)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, settings
 
+    def count(self, micro: dict) -> None:
+        """Add what a prepared batch asks for to `work`."""
+        self.work += step_work(self.recipe.objective, micro, recompute=self.recipe.train.activations == "checkpoint")
+
+
+def architecture(device: torch.device) -> str:
+    """The device as tables of measurements name it: "sm_90" and the like, or "cpu"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
+
+
+def keep_copies_(objective: nn.Module, optimizer: AdamWEMA) -> None:
+    """bfloat16 copies for the products of every block: the optimizer's, and lasting ones of what it does not move."""
+    optimizer.refresh_shadows()
+    moved = optimizer.shadows
+    frozen = {p: p.detach().to(torch.bfloat16) for p in objective.parameters() if p not in moved}
+    use_copies_(objective, moved | frozen)
+
 
 def accumulate(model: nn.Module, objective: nn.Module, batch: dict, recipe: Recipe, step: int,
-               first_sample: int) -> dict[str, Tensor]:
-    """Forward and backward over the micro-batches of one step; the mean of what they return, detached."""
+               first_sample: int, observe: Callable[[dict], None] | None = None) -> dict[str, Tensor]:
+    """Forward and backward over the micro-batches of one step; the mean of what they return, detached.
+
+    `observe` sees every micro-batch as it is prepared.
+    """
     count, totals = recipe.train.accumulate, {}
     for i, micro in enumerate(micro_batches(batch, count)):
-        size = len(micro["index"])
+        size, is_last = len(micro["index"]), i == count - 1
         micro = objective.prepare(micro, seed=recipe.train.seed, step=step, first_sample=first_sample + i * size)
-        is_last = i == count - 1
-        silent = model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last \
-            else contextlib.nullcontext()
+        if observe is not None:
+            observe(micro)
         device_type = next(objective.parameters()).device.type
-        with silent, torch.autocast(device_type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+        autocast = torch.autocast(device_type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+        with averaged_gradients(model, is_last), autocast:
             losses = model(micro)
             (losses["loss"] / count).backward()
         for name, value in losses.items():

@@ -1,0 +1,3 @@
+class DeviceMultiCrop: pass
+class Whole: pass
+def pack_whole(x): pass
