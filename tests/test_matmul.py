@@ -51,7 +51,7 @@ def test_long_sums(K):
 
 @needs_amx
 def test_exponents_of_all_sizes():
-    """Rows of sizes from 2^-40 to 2^40, and within a row elements from 2^-30 to 2^30, with and without their inverse in b."""
+    """Rows of sizes from 2^-40 to 2^40; elements of a row from 2^-30 to 2^30, with and without their inverse in b."""
     generator = torch.Generator().manual_seed(3)
     powers = torch.randint(-30, 31, (600,), generator=generator).float().exp2()
     a, b = draw(64, 600), draw(600, 70, seed=1)
@@ -143,7 +143,8 @@ A, B, BIAS = torch.zeros(4, 8), torch.zeros(8, 6), torch.zeros(6)
 BAD = [
     ((A.long(), B), TypeError, "a must be floating point, of one dtype with a, got torch.int64 and torch.int64"),
     ((A, B.double()), TypeError, "b must be floating point, of one dtype with a, got torch.float64 and torch.float32"),
-    ((A, B, BIAS.half()), TypeError, "bias must be floating point, of one dtype with a, got torch.float16 and torch.float32"),
+    ((A, B, BIAS.half()), TypeError,
+     "bias must be floating point, of one dtype with a, got torch.float16 and torch.float32"),
     ((A[0], B), ValueError, "a must have 2 dimensions, got [8]"),
     ((A, B[None]), ValueError, "b must have 2 dimensions, got [1, 8, 6]"),
     ((A, B, B), ValueError, "bias must have 1 dimension, got [8, 6]"),
