@@ -122,6 +122,19 @@ def varlen_attention(S: int, N: int, H: int, d: int, case: str, dtype: torch.dty
                  1e-5 if dtype == torch.float32 else 3e-2)
 
 
+def matmul(P: int, K: int, N: int, case: str) -> Bench:
+    """The three products of a linear layer, forward and backward: x W^T + bias, g W, g^T x."""
+    x, weight, bias, g = torch.randn(P, K), torch.randn(N, K), torch.randn(N), torch.randn(P, N)
+
+    def blas():
+        return [torch.addmm(bias, x, weight.T), g @ weight, g.T @ x]
+
+    def ours():
+        return [ops.matmul(x, weight.T, bias), ops.matmul(g, weight), ops.matmul(g.T, x)]
+
+    return Bench("matmul", case, {"torch.mm": blas, "ours": ours}, {"torch.mm": blas, "ours": ours}, 1e-6)
+
+
 def sampler(batch_size: int, grid: tuple[int, ...], case: str) -> Bench:
     """A batch of masks of images or clips; the baseline is the per-sample Python algorithm of the official collator."""
     is_video = len(grid) == 3
@@ -245,6 +258,8 @@ def all_benches() -> list[Callable[[], Bench]]:
         lambda: crop_resize(16, 8, 96, (0.05, 0.3), "imagenet-b16-8x96"),
         lambda: patch_embed(16, 224, 16, 50, 384, "vits16-224-b16"),
         lambda: latent_loss(16, 196, 4, 33, 384, "vits16-224-b16"),
+        *(lambda P=P, K=K, N=N: matmul(P, K, N, f"vits16-224-b16-{P}x{K}x{N}") for P in (800, 3136, 6080)
+          for K, N in ((384, 1152), (384, 384), (384, 1536), (1536, 384), (768, 384))),
         lambda: varlen_attention(16, 196, 6, 64, "vits16-224-b16-target"),
         lambda: varlen_attention(64, 83, 6, 64, "vits16-224-b16-predictor"),
         lambda: varlen_attention(64, 114, 16, 24, "vith14-224-b16-predictor"),
