@@ -23,6 +23,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   launch RECIPE [--nodes 2 --partition X ...] train as a SLURM job that comes back after pre-emptions and time limits
   bench step --config RECIPE [--official PATH]
                                               whole steps: the authors' code, tuned PyTorch, ours, in one run
+  bench scale --config RECIPE --from FILE     what that step would be on 1 to 1,024 GPUs, on paper
   bench ops | video-memory | plan             ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
@@ -131,7 +132,7 @@ def launch(argv: list[str]) -> None:
 
 def recipe_and_folder(arguments: TrainArguments, rest: list[str]) -> tuple:
     """The recipe with its changes, and where to run it."""
-    recipe = chosen_recipe(arguments)
+    recipe = on_image_source(chosen_recipe(arguments), rest)
     recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast train {recipe.name}", default=recipe,
                       args=rest, description=recipe.summary, console_outputs=is_first_rank())
     folder = arguments.run or (arguments.source.parent if arguments.source and arguments.resume
@@ -177,6 +178,15 @@ def chosen_recipe(arguments: TrainArguments):
     if not source.is_file():
         raise UserError(f"no recipe file at {source}")
     return recipes.load(source)
+
+
+def on_image_source(recipe, options: list[str]):
+    """The recipe on the source of images that the --data options speak of."""
+    from . import recipes
+
+    fields = [option.removeprefix("--data.").split("=")[0].split(".")[0].replace("-", "_")
+              for option in options if option.startswith("--data.")]
+    return recipes.with_image_source(recipe, fields)
 
 
 def fresh_folder(root: pathlib.Path, name: str, resume: bool) -> pathlib.Path:

@@ -78,7 +78,7 @@ def guarded(value):
 
 
 # the order in which a BLAS library sums depends on the strides
-@pytest.mark.parametrize("spec, backend", [param for param in FAST if param.id != "matmul-plain"])
+@pytest.mark.parametrize("spec, backend", [param for param in FAST if param.id not in ("matmul-plain", "matmul-torch")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_strides_and_surroundings_do_not_matter(spec, backend, dtype):
     """Non-contiguous inputs in NaN-filled memory, and NaN-filled fresh outputs, give the same bits."""

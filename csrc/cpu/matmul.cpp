@@ -5,7 +5,7 @@
 //   a b = a1 b1 + (a1 b2 + a2 b1) + (a1 b3 + a2 b2 + a3 b1) + ...
 // are computed; the others are below 2^-26 |a b|. Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence
 // Datatype For Higher-Precision Computations", arXiv:1904.06376.
-// Sums over k start anew every kChunk, so that they are more accurate than one long sum; their order depends on K only.
+// Sums over k start anew every kMaxChunk, so that they are more accurate than one long sum; their order depends on K only.
 // The units take numbers below 2^-126 for zero and could overflow before float32 does. Where the largest magnitude of a
 // or b is not in [2^-50, 2^50] (nor zero), or where one is not finite, `matmul` returns false and `out` is not valid.
 // a [M, K] and b [K, N] have one stride that is 1; bias [N], out [M, N] contiguous; all float32.
@@ -166,10 +166,6 @@ struct Output {
   int64_t rows, columns;
   const float* bias;
 
-  void prefetch(int64_t row, int64_t column) const {
-    for (int64_t i = row; i < std::min(rows, row + kPanel); ++i)
-      for (int64_t j : {column, column + kTile}) __builtin_prefetch(data + i * columns + j, 1);
-  }
   // sums [32, 32] go to (row, column), with the bias, or are added to what is there
   void write(const float* sums, int64_t row, int64_t column, bool is_first) const {
     const __mmask16 masks[] = {first_lanes(columns - column), first_lanes(columns - column - kTile)};
@@ -197,7 +193,6 @@ struct Product {
     for (int64_t j = first; j < last; ++j) {
       const Step* theirs = packed_small + j * steps;
       const int64_t row = (large.is_a ? panel : j) * kPanel, column = (large.is_a ? j : panel) * kPanel;
-      out.prefetch(row, column);
       multiply(large.is_a ? packed : theirs, large.is_a ? theirs : packed, steps, sums);
       out.write(sums, row, column, is_first_chunk);
     }

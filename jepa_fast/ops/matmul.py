@@ -36,9 +36,12 @@ def _with_amx(implementation: Implementation | Missing) -> Implementation | Miss
     return dataclasses.replace(implementation, missing=_amx_missing)
 
 
-_SLOWER = Slower("2 M N K >= 2^24", lambda a, b, bias: a.shape[0] * a.shape[1] * b.shape[1] < 2**23)
+_BLAS = Missing("GPUs use PyTorch's products")
+_SLOWER = Slower("M or N below 64, M N K below 2^23", lambda a, b, bias: (
+    min(a.shape[0], b.shape[1]) < 64 or a.shape[0] * a.shape[1] * b.shape[1] < 2**23))
 define("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor", plain=reference.matmul,
-       cpp=_with_amx(compiled("matmul", dtypes=(torch.float32,), call=_on_amx, slower=_SLOWER)))
+       cpp=_with_amx(compiled("matmul", dtypes=(torch.float32,), call=_on_amx, slower=_SLOWER)),
+       torch=Implementation(reference.matmul, ("cpu",)), cuda=_BLAS, triton=_BLAS)
 
 
 @torch.library.register_fake("jepa_fast::matmul")
