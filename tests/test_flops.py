@@ -123,7 +123,12 @@ def of_pytorch_backward(grad, q, k, v, *rest, out_shape=None, **kwargs):
     return of_pytorch(q, k, v) * 5 // 2
 
 
-MAPPING = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_pytorch,
+def product(a, b, bias=None, out_shape=None, **kwargs):
+    return 2 * a[0] * a[1] * b[1]
+
+
+MAPPING = {OPS.matmul: product,
+           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_pytorch,
            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: of_pytorch_backward,
            OPS.varlen_attention: apart, OPS.varlen_attention_backward: apart_backward, OPS.varlen_attention_qkv: packed,
            OPS.varlen_attention_qkv_backward: packed_backward, OPS.sigreg_sums: projections,
