@@ -56,4 +56,4 @@ lint: $(VENV)/.tested
 
 bench: $(VENV)/.tested
 	$(VENV)/bin/jepa-fast bench ops
-	$(VENV)/bin/jepa-fast bench step
+	$(VENV)/bin/jepa-fast bench step --batch-size 16

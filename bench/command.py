@@ -29,6 +29,11 @@ def main(argv: list[str]) -> None:
 
         bench_step(argv[1:])
         return
+    if argv[:1] == ["scale"]:
+        from .scale_command import main as bench_scale
+
+        bench_scale(argv[1:])
+        return
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
     measure_rows = {"ops": ops_rows, "video-memory": video_memory_rows, "plan": plan_rows}[arguments.what]
     rows = measure_rows(arguments)

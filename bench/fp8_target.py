@@ -62,7 +62,7 @@ def draw(runs: list[dict], path: pathlib.Path) -> None:
             axes.plot(entry["step"], entry["loss"], color=COLOURS[entry["target_precision"]], lw=1.0,
                       ls="-" if entry["seed"] == runs[0]["seed"] else ":",
                       label=f"target {entry['target_precision']}, seed {entry['seed']}")
-        axes.set(title="I-JEPA on digits, loss", xlabel="step")
+        axes.set(title="I-JEPA on digits, loss", xlabel="step", yscale="log")
         axes.legend()
 
 

@@ -1,6 +1,8 @@
 """Ops against eager PyTorch doing the same work: times interleaved in one process, results compared first."""
 
+import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -199,6 +201,44 @@ def adamw_ema(case: str, config) -> Bench:
                   "ours": lambda: [ours.step(), *(p.detach() for p in fused.parameters())][1:]}, 1e-6, count)
 
 
+def crop_resize(B: int, V: int, size: int, scale: tuple[float, float], case: str) -> Bench:
+    """V views of each of B photographs, from bytes to normalised float32. kornia's has no antialiasing: not compared."""
+    H, W, (low, high) = 375, 500, scale
+    images = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    length = (torch.rand(B * V) * (high - low) + low).sqrt()[:, None] * torch.tensor([H, W])
+    boxes = torch.cat([(torch.rand(B * V, 2) * (torch.tensor([H, W]) - length)).floor(), length.floor()], 1)
+    index, flips = torch.arange(B).repeat(V), torch.rand(B * V) < 0.5
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+    def finish(views):
+        views = torch.where(flips[:, None, None, None], views.flip(-1), views)
+        return ((views.float() / 255) - mean[:, None, None]) / std[:, None, None]
+
+    def each():  # torchvision's resized_crop of bytes
+        views = [F.interpolate(images[i:i + 1, :, top:top + h, left:left + w], size=(size, size), mode="bilinear",
+                               antialias=True)
+                 for i, (top, left, h, w) in zip(index.tolist(), boxes.int().tolist(), strict=True)]
+        return finish(torch.cat(views))
+
+    def kornia():
+        from kornia.geometry.transform import crop_and_resize
+
+        (top, left), (bottom, right) = boxes[:, :2].T, (boxes[:, :2] + boxes[:, 2:] - 1).T
+        corners = torch.stack([torch.stack(point, 1) for point in ((left, top), (right, top), (right, bottom),
+                                                                   (left, bottom))], 1)
+        return finish(crop_and_resize(images[index].float(), corners, (size, size)))
+
+    def ours(backend: str | None = None):
+        with ops.use_backend(backend, "crop_resize") if backend else contextlib.nullcontext():
+            return ops.crop_resize(images, boxes, index, (size, size), flips=flips, mean=mean, std=std)
+
+    compared = {"torchvision's resized_crop of each": each, "plain": lambda: ours("plain"), "ours": ours}
+    others = {"kornia, not antialiased": kornia} if importlib.util.find_spec("kornia") else {}
+    # torchvision's views are rounded to whole levels, and the mean of noise is nearly what is subtracted
+    results = {name: (lambda call=call: [call()]) for name, call in compared.items()}
+    return Bench("crop_resize", case, compared | others, results, 2e-2)
+
+
 def all_benches() -> list[Callable[[], Bench]]:
     from jepa_fast.recipes import get_recipe
 
@@ -214,6 +254,8 @@ def all_benches() -> list[Callable[[], Bench]]:
         lambda: sampler(12, (32, 16, 16), "vjepa2-64x256-b12"),
         lambda: gather_tokens(64, 196, 90, 384, "vits16-224-b64"),
         lambda: gather_tokens(32, 196, 90, 1024, "vitl16-224-b32"),
+        lambda: crop_resize(16, 2, 224, (0.3, 1.0), "imagenet-b16-2x224"),
+        lambda: crop_resize(16, 8, 96, (0.05, 0.3), "imagenet-b16-8x96"),
         lambda: patch_embed(16, 224, 16, 50, 384, "vits16-224-b16"),
         lambda: latent_loss(16, 196, 4, 33, 384, "vits16-224-b16"),
         *(lambda P=P, K=K, N=N: matmul(P, K, N, f"vits16-224-b16-{P}x{K}x{N}") for P in (800, 3136, 6080)

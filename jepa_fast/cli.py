@@ -1,4 +1,4 @@
-"""jepa-fast: train · eval · plan · cache · convert · bench · info · recipes."""
+"""jepa-fast: train · eval · plan · cache · convert · launch · bench · info · recipes."""
 
 import contextlib
 import dataclasses
@@ -20,14 +20,17 @@ USAGE = """usage: jepa-fast COMMAND ...
   plan RUN [--planner cem ...]                plan with a run's world model in its environment, until its goals
   cache RECIPE --to FOLDER [...]              features of a frozen encoder, for train --data.features FOLDER
   convert SOURCE TARGET --to KIND             a checkpoint of any kind as official, ours, hf or safetensors
+  launch RECIPE [--nodes 2 --partition X ...] train as a SLURM job that comes back after pre-emptions and time limits
   bench step --config RECIPE [--official PATH]
                                               whole steps: the authors' code, tuned PyTorch, ours, in one run
+  bench scale --config RECIPE --from FILE     what that step would be on 1 to 1,024 GPUs, on paper
   bench ops | video-memory | plan             ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
 train also takes --run-dir DIR (where to write; default runs/NAME), --resume (go on from the checkpoint there),
---eval (probe the encoder at the end) and --help after a recipe's name for all of its fields.
+--eval (probe the encoder at the end) and --help after a recipe's name for all of its fields. SIGTERM and SIGUSR1 make it
+save after the step and exit with 75, to be started again with --resume.
 --debug anywhere shows tracebacks."""
 
 
@@ -50,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
-    commands = {"train": train, "eval": evaluate, "plan": plan, "cache": cache, "convert": convert, "bench": bench,
-                "info": info, "recipes": list_recipes}
+    commands = {"train": train, "eval": evaluate, "plan": plan, "cache": cache, "convert": convert, "launch": launch,
+                "bench": bench, "info": info, "recipes": list_recipes}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -95,17 +98,12 @@ def train(argv: list[str]) -> None:
     arguments, rest = split_train_arguments(argv)
     from .train.loop import train as run_training
 
-    recipe = chosen_recipe(arguments)
-    recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast train {recipe.name}", default=recipe,
-                      args=rest, description=recipe.summary)
-    folder = arguments.run or (arguments.source.parent if arguments.source and arguments.resume
-                               else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
-    if not arguments.resume and (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    is_first = os.environ.get("RANK", "0") == "0"
-    warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr) if is_first else None
-    if is_first:
+    recipe, folder = recipe_and_folder(arguments, rest)
+    if is_first_rank():
+        warnings.showwarning = lambda message, *_, **__: print(f"jepa-fast: {message}", file=sys.stderr)
         say_if_plain()
+    else:
+        warnings.simplefilter("ignore")
     run = run_training(recipe, folder, resume=arguments.resume)
     if run.world.is_main:
         from .train.meters import describe
@@ -116,6 +114,32 @@ def train(argv: list[str]) -> None:
     elif run.world.is_main:
         next_command = "plan" if hasattr(recipe.objective, "planning") else "eval"
         print(f"run folder: {folder}  (next: jepa-fast {next_command} {folder})")
+
+
+def launch(argv: list[str]) -> None:
+    from .train.launch import LaunchConfig
+    from .train.launch import launch as submit
+
+    arguments, rest = split_train_arguments(argv)
+    if arguments.eval:
+        raise UserError("launch only trains; probe the encoder afterwards: jepa-fast eval RUN")
+    # what is not known here is for the recipe's fields
+    config, rest = tyro.cli(LaunchConfig, prog="jepa-fast launch", args=rest, return_unknown_args=True)
+    recipe, folder = recipe_and_folder(arguments, rest)
+    job = submit(recipe, folder, config)
+    print(f"job {job.job_id}, logs in {folder / 'jobs'}, run folder: {folder}")
+
+
+def recipe_and_folder(arguments: TrainArguments, rest: list[str]) -> tuple:
+    """The recipe with its changes, and where to run it."""
+    recipe = on_image_source(chosen_recipe(arguments), rest)
+    recipe = tyro.cli(tyro.conf.AvoidSubcommands[type(recipe)], prog=f"jepa-fast train {recipe.name}", default=recipe,
+                      args=rest, description=recipe.summary, console_outputs=is_first_rank())
+    folder = arguments.run or (arguments.source.parent if arguments.source and arguments.resume
+                               else fresh_folder(pathlib.Path("runs"), recipe.name, arguments.resume))
+    if not arguments.resume and (folder / "checkpoints" / "last.pt").exists():
+        raise UserError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+    return recipe, folder
 
 
 def split_train_arguments(argv: list[str]) -> tuple[TrainArguments, list[str]]:
@@ -154,6 +178,15 @@ def chosen_recipe(arguments: TrainArguments):
     if not source.is_file():
         raise UserError(f"no recipe file at {source}")
     return recipes.load(source)
+
+
+def on_image_source(recipe, options: list[str]):
+    """The recipe on the source of images that the --data options speak of."""
+    from . import recipes
+
+    fields = [option.removeprefix("--data.").split("=")[0].split(".")[0].replace("-", "_")
+              for option in options if option.startswith("--data.")]
+    return recipes.with_image_source(recipe, fields)
 
 
 def fresh_folder(root: pathlib.Path, name: str, resume: bool) -> pathlib.Path:
@@ -285,6 +318,11 @@ def count_parameters(recipe) -> int:
     with torch.device("meta"):
         objective = recipe.objective.build()
     return sum(p.numel() for p in objective.parameters() if p.requires_grad)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say_if_plain() -> None:

@@ -97,7 +97,8 @@ def crop_resize(images: Tensor, layout: Tensor | None, boxes: Tensor, image_inde
     BLOCK_X = min(triton.next_power_of_2(width), 64)
     BLOCK_Y = max(1, min(triton.next_power_of_2(height), 1024 // BLOCK_X))
     grid = N * C, triton.cdiv(height, BLOCK_Y) * triton.cdiv(width, BLOCK_X)
-    crop_resize_kernel[grid](images, layout, boxes, image_index, None if flips is None else flips.view(torch.uint8), mean, std,
-                             out, *sizes, height, width, C, IS_PACKED=layout is not None, HAS_FLIPS=flips is not None,
-                             IS_NORMALISED=mean is not None, BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, num_warps=4)
+    crop_resize_kernel[grid](
+        images, layout, boxes, image_index, None if flips is None else flips.view(torch.uint8), mean, std, out, *sizes,
+        height, width, C, IS_PACKED=layout is not None, HAS_FLIPS=flips is not None, IS_NORMALISED=mean is not None,
+        BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, num_warps=4)
     return out

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 CONTEXT = multiprocessing.get_context("forkserver")
 STARTED: list = []
-CONTEXT.set_forkserver_preload(["ranks", "jepa_fast.cli", "jepa_fast.train.loop", "torch.distributed.tensor"])
+CONTEXT.set_forkserver_preload(["ranks", "jepa_fast.cli", "jepa_fast.train.loop", "torch._dynamo", "torch.distributed.fsdp",
+                                "torch.distributed.checkpoint.staging"])
 
 
 def start(function: Callable, num_ranks: int, *arguments, folder: pathlib.Path) -> list:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "ops": {"reference", "kernels"},
     "optim": {"ops"},
     "masking": set(),
-    "data": set(),
+    "data": {"ops"},
     "planning": {"reference", "ops", "nn", "models", "objectives", "data"},
     "nn": {"ops"},
     "tokenizers": {"nn", "ops"},

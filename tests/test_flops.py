@@ -9,7 +9,8 @@ from shrink import shrink
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_fast import recipes
-from jepa_fast.masking import MaskCounts
+from jepa_fast.masking import MaskCounts, PackedMasks
+from jepa_fast.masking.padding import pad
 from jepa_fast.models.flops import Work, transformer
 from jepa_fast.nn.block import configure_blocks_
 from jepa_fast.objectives.flops import prediction_work, step_work
@@ -21,7 +22,7 @@ OPS = torch.ops.jepa_fast
 def uniform(batch_size: int, pairs: list[tuple[float, float]]) -> MaskCounts:
     """Counts of masks whose context and target lists have these (mean) lengths."""
     context, target = (torch.tensor(lengths, dtype=torch.float64).repeat(batch_size) for lengths in zip(*pairs, strict=True))
-    return MaskCounts.of(context, context + target, target)
+    return MaskCounts.of(context, context + target, target, target_rows=0)
 
 
 # recipe, batch per GPU, tokens of a sample, (context, target) lengths of each kind of mask, TFLOP of a step, of recomputing
@@ -43,7 +44,7 @@ def test_the_table_of_the_performance_model(name, batch_size, num_tokens, length
     # I-JEPA predicts four target blocks, each from the one context
     counts = uniform(batch_size, lengths)
     if name.startswith("ijepa"):
-        context, four = MaskCounts.of(*[torch.tensor([lengths[0][0]] * batch_size)] * 3), uniform(4 * batch_size, lengths)
+        context, four = uniform(batch_size, lengths), uniform(4 * batch_size, lengths)
         counts = dataclasses.replace(four, context=context.context, context_pairs=context.context_pairs)
     target = (batch_size * num_tokens, batch_size * num_tokens**2, None)
     patch_values = 3 * config.encoder.patch_size**2 * getattr(config.encoder, "tubelet_size", 1)
@@ -158,6 +159,22 @@ def test_pytorch_counts_the_same_in_a_real_step(name, activations):
     assert work.hardware_flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["ijepa_vits16", "vjepa2_vitl16"])
+def test_padding_runs_but_is_not_asked_for(name):
+    recipe = shrink(recipes.get_recipe(name))
+    objective, batch = first_batch(recipe)
+    padded = batch | {"masks": pad(masks, 96) if isinstance(masks := batch["masks"], PackedMasks) else [pad(masks[0], 96)]}
+    with use_backend("plain"), FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
+        objective(padded)["loss"].backward()
+    true, work = step_work(recipe.objective, batch), step_work(recipe.objective, padded)
+    assert work.hardware_flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert work.hardware_flops > true.hardware_flops
+    assert (work.model_flops, work.tokens) == (true.model_flops, true.tokens)
+    masks = padded["masks"] if isinstance(padded["masks"], PackedMasks) else padded["masks"][0]
+    more = len(masks.context_idx) + len(masks.predictor_idx) - masks.counts.context - masks.counts.predictor
+    assert (work.padding_tokens, true.padding_tokens) == (more, 0) and more > 0
+
+
 def test_ragged_masks_count_their_true_lengths():
     """The pairs that masks carry are those of the sequences they pack, where samples differ too."""
     recipe = shrink(recipes.get_recipe("ijepa_vits16"))
@@ -168,7 +185,8 @@ def test_ragged_masks_count_their_true_lengths():
     assert masks.counts == MaskCounts(
         context=len(masks.context_idx), context_pairs=sum(n * n for n in masks.context_cu_seqlens.diff().tolist()),
         predictor=len(masks.predictor_idx), predictor_pairs=sum(n * n for n in predictor), prediction=sum(prediction),
-        prediction_pairs=sum(q * n for q, n in zip(prediction, predictor, strict=True)))
+        prediction_pairs=sum(q * n for q, n in zip(prediction, predictor, strict=True)),
+        target_rows=len(set(masks.prediction_target_idx.tolist())))
 
 
 def test_checkpointing_adds_one_forward_pass_to_what_runs():

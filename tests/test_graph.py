@@ -41,7 +41,7 @@ def recipe(objective, clip_grad=None, **train):
     base = ijepa_mnist()
     return dataclasses.replace(
         base, objective=objective, optim=dataclasses.replace(base.optim, clip_grad=clip_grad),
-        train=dataclasses.replace(base.train, batch_size=4, **{"precision": "fp32", "pad_tokens_to": 64} | train))
+        train=dataclasses.replace(base.train, batch_size=4, **{"precision": "fp32", "pad_tokens_to": 16} | train))
 
 
 def batch(objective, number):
@@ -83,7 +83,7 @@ def assert_same_bits(eager, replayed):
 CASES = {"I-JEPA, stochastic depth, clipped": recipe(IJEPA, clip_grad=0.1),
          "I-JEPA in bfloat16, target in float8": recipe(dataclasses.replace(IJEPA, encoder=dataclasses.replace(
              IJEPA.encoder, drop_path=0.0)), precision="bf16", target_precision="fp8"),
-         "V-JEPA 2": recipe(VIDEO, pad_tokens_to=96)}
+         "V-JEPA 2": recipe(VIDEO, pad_tokens_to=32)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,7 +120,7 @@ def test_lejepa_draws_new_directions_in_every_replay():
 
 
 def test_nothing_is_captured_after_warm_up():
-    config = recipe(IJEPA, pad_tokens_to=128)
+    config = recipe(IJEPA, pad_tokens_to=32)
     graphs = FakeGraphs()
     _, _, step = train(config, 12, graphs)
     captures, eager = step.num_captures, step.num_eager

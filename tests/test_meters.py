@@ -63,7 +63,7 @@ def test_rates_by_hand(monkeypatch):
     rows = []
     for step, _ in enumerate(meters.watch(batches(time, [4.0, 0.5, 0.5, 0.5])), start=11):
         time.now += 4.0 if step == 11 else 1.5
-        meters.step(step, Work(tokens=1000, model_flops=5e11, hardware_flops=8e11))
+        meters.step(step, Work(1000, 5e11, 8e11, padding_tokens=50))
         if step in (11, 14):
             rows.append(meters.read(step, meters.note()))
     first, rest = rows
@@ -78,9 +78,25 @@ def test_rates_by_hand(monkeypatch):
     assert (summary["data_wait_percent"], summary["step_ms_p99"], summary["wall_s"]) == (25.0, 2000.0, 14.0)
     assert (summary["energy_j"], summary["energy_j_per_sample"]) == (42.0, pytest.approx(42 / 4 / 3072, rel=1e-5))
     assert (summary["model_tflop_per_step"], summary["peak_tflop_per_s"]) == (0.5, 1.0)
+    assert summary["padding_percent"] == 5.0
     line, hint = describe(summary, recipe)
-    assert "MFU 25.0 %, HFU 40.0 %" in line and "25 % waiting for data" in line and "1536 clips/s" in line
+    for part in ("MFU 25.0 %, HFU 40.0 %", "25 % waiting for data", "1536 clips/s", "5.0 % padding"):
+        assert part in line
     assert hint == data_hint(recipe)
+
+
+def test_the_summary_is_of_all_ranks(monkeypatch):
+    """The other rank waited twice as long, took half the memory and half the energy."""
+    meters = Meters(recipes.get_recipe("ijepa_vith14"), World(0, 2, torch.device("cpu")))
+    other = torch.tensor([2.0, 0.5, 0.5], dtype=torch.float64)
+
+    def all_gather(ranks, mine):
+        for rank, value in zip(ranks, (mine, mine * other), strict=True):
+            rank.copy_(value)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    assert meters._over_ranks(3.0, 640.0, 10.0) == (6.0, 640.0, 15.0)
+    assert meters._over_ranks(3.0, 640.0, None) == (6.0, 640.0, None)
 
 
 def test_a_prefetcher_says_itself_how_long_it_was_waited_for(monkeypatch):
@@ -162,7 +178,8 @@ def test_the_hint_names_the_fields_to_change():
 
 
 def test_recompilations_count_after_warm_up_only():
-    recompilations = Recompilations()
+    recompilations, captured = Recompilations(), [0]
+    recompilations.watch(lambda: captured[0])
     double = torch.compile(lambda x: x * 2, backend="eager", dynamic=True)
     double(torch.ones(4))
     assert recompilations.count == 0
@@ -171,8 +188,8 @@ def test_recompilations_count_after_warm_up_only():
     assert recompilations.count == 0
     double(torch.ones(5, dtype=torch.float64))
     assert recompilations.count == 1
-    recompilations.note()
-    assert recompilations.count == 2
+    captured[0] = 3      # CUDA graphs
+    assert recompilations.count == 4
 
 
 def test_percentiles_are_values_that_occurred():

@@ -88,10 +88,11 @@ def test_a_signal_saves_and_asks_for_a_requeue(name, num_ranks, whom, tmp_path):
     assert f"after step {step}, saved in {tmp_path}/run/checkpoints/last.pt; go on with: jepa-fast train --run-dir " \
            f"{tmp_path}/run --resume" in said[0]
     assert not any(said[1:])
-    assert_goes_on(tmp_path, num_ranks, shard_ranks=num_ranks)
+    if num_ranks == 1:  # of two, see below
+        assert_goes_on(tmp_path, 1)
 
 
-@pytest.mark.parametrize("dead", [1, 0])
+@pytest.mark.parametrize("dead", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_dead_rank_ends_the_run_in_seconds_and_is_named(dead, tmp_path):
     processes = start(tmp_path, 2, at_step=random.Random(dead).randint(3, 6), shard_ranks=2)
     until((tmp_path / "run" / "checkpoints" / "last.pt").exists)
@@ -108,6 +109,7 @@ def test_a_dead_rank_ends_the_run_in_seconds_and_is_named(dead, tmp_path):
         assert_goes_on(tmp_path, 2, shard_ranks=2)
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_ends_the_run_after_the_timeout(tmp_path):
     processes = start(tmp_path, 2, at_step=2, timeout_s=3.0)
     os.kill(processes[1].pid, signal.SIGSTOP)

@@ -9,10 +9,11 @@ import torch
 
 from jepa_fast import recipes
 from jepa_fast.data import SyntheticData
-from jepa_fast.eval.collapse import collapse_monitors
+from jepa_fast.eval.collapse import collapse_monitors, feature_moments, monitors_of_moments
 from jepa_fast.train import run as run_module
 from jepa_fast.train.distributed import World
 from jepa_fast.train.loop import train
+from jepa_fast.train.meters import describe
 from jepa_fast.train.metrics_file import MetricsFile, read_metrics
 from jepa_fast.train.statistics import LateCopy, NotFinite, Statistics
 
@@ -128,6 +129,28 @@ def test_monitors_are_those_of_the_features():
         assert row.values == expected(1) | {name: float(value) for name, value in collapse_monitors(features).items()}
 
 
+def test_rows_are_means_over_ranks_by_one_reduction(monkeypatch):
+    """The other rank's losses are three times ours, its features the same; nothing is reduced between log steps."""
+    reduced = []
+
+    def all_reduce(tensor):
+        is_moments = len(reduced) == 0
+        reduced.append(tuple(tensor.shape))
+        tensor.mul_(2 if is_moments else 4)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(World(0, 2, torch.device("cpu")), 3)
+    for step in (1, 2, 3):
+        statistics.record(step, losses(step))
+        assert not reduced
+    statistics.send(None, features)
+    (row,) = statistics.arrived()
+    assert reduced == [(7, 7), (3, 2)]
+    both = monitors_of_moments(2 * feature_moments(features))
+    assert row.values == {name: 2 * value for name, value in expected(3).items()} | {k: float(v) for k, v in both.items()}
+
+
 def test_recording_reads_nothing_from_the_device():
     """Tensors on the meta device have no values: any read on the host would raise."""
     meta = torch.device("meta")
@@ -144,6 +167,26 @@ def test_recording_reads_nothing_from_the_device():
         if step % 2 == 0:
             statistics.send(step, torch.empty(700, 5, device=meta))
     assert [row.step for row in statistics.flush()] == [2, 4, 6]
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_never_waited_for():
+    device = torch.device("cuda")
+    statistics = Statistics(World(0, 1, device), 8)
+    values = [{name: value.to(device) for name, value in losses(step).items()} for step in range(1, 9)]
+    features = torch.randn(300, 16, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 9):
+            statistics.record(step, values[step - 1])
+            if step == 4:
+                statistics.send(step, features)
+            list(statistics.arrived())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    statistics.send(8)
+    rows = list(statistics.flush())
+    assert rows[-1].values == expected(8)
 
 
 def tiny(**train_changes) -> recipes.Recipe:
@@ -167,6 +210,9 @@ def test_a_run_writes_the_same_rows_late(tmp_path, monkeypatch):
             for name in ("direct", "late", "resumed")}
     assert [row[0] for row in rows["direct"]] == ["2", "4", "6", "7"]
     assert rows["late"] == rows["direct"]
+    # a life without a step left
+    finished = train(tiny(), tmp_path / "resumed", resume=True)
+    assert describe(finished.summary, tiny()) == ["lejepa_mnist: no step was left at 7"]
     # the first life logged its last step, 5
     assert [row for row in rows["resumed"] if row[0] != "5"] == rows["direct"]
     assert [row[0] for row in rows["resumed"]] == ["2", "4", "5", "6", "7"]

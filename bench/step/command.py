@@ -57,6 +57,8 @@ def bench(arguments: Arguments) -> dict:
         task = work.make(pathlib.Path(folder), recipe, arguments.size, precision=precision, device=device,
                          num_steps=plan.num_steps)
         ceilings = run.measure_ceilings(torch.device(device), precision)
+        if is_cuda:
+            torch.cuda.empty_cache()
         rows, left_out = run.measure(task, plan)
         return describe(task, arguments, plan, ceilings, rows, left_out)
 

@@ -63,7 +63,7 @@ def run_main(train: types.ModuleType, settings: dict, work: Work, batches: Batch
     def built(**arguments):
         models = build(**arguments)
         for model, role in zip(models, ("encoder", "predictor"), strict=True):
-            put_weights(model, {prefix + name: value for name, value in weights[role].items()})
+            put_weights(model, {prefix + name: value for name, value in weights.pop(role).items()})
         return models
 
     def wrapped(model: nn.Module, **options) -> nn.Module:

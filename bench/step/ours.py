@@ -18,27 +18,36 @@ def loop(work: Work, batches: Batches, *, target_precision: str = "same", has_fe
     recipe = dataclasses.replace(work.recipe, train=dataclasses.replace(work.recipe.train,
                                                                         target_precision=target_precision))
     world = distributed.start(recipe.train.device)
-    objective = recipe.objective.build()
-    weights = work.weights()
-    if "encoder" in weights and hasattr(objective, "target_encoder"):
-        weights["target_encoder"] = weights["encoder"]
-    objective.load_state_dict(objective_of(weights))
-    objective.to(world.device)
+    batches.prepare(lambda inputs: inputs)
+    objective = build(work).to(world.device)
+    if has_features:
+        batches.prepare(partial(with_features, work, objective))
     take_step = TrainStep(recipe, objective, build_optimizer(recipe, objective), work.horizon, world)
     batches.regions(**regions_of(work, objective))
-    batches.prepare(partial(with_features, work, objective) if has_features else lambda inputs: inputs)
     for step, (inputs, _) in enumerate(batches):
         losses, _ = take_step(on_device(inputs, work), step)
         batches.record(losses["loss"])
 
 
+def build(work: Work):
+    """The objective with the initial weights, the target encoder with the encoder's."""
+    objective, weights = work.recipe.objective.build(), work.weights()
+    if hasattr(objective, "target_encoder"):
+        weights["target_encoder"] = weights["encoder"]
+    objective.load_state_dict(objective_of(weights))
+    return objective
+
+
 def regions_of(work: Work, objective) -> dict:
+    """What is called for each part of the model; with convolutions apart in other providers, patch embedding is here too."""
+    encoders = [objective.encoder] + ([objective.target_encoder.encoder] if hasattr(objective, "target_encoder") else [])
+    patches = {"patch embed": [(encoder.patch_embed, "forward") for encoder in encoders if hasattr(encoder, "patch_embed")]}
     if work.family == "lejepa":
-        return {"context": (objective.encoder, "views")}
+        return patches | {"context": (objective.encoder, "views")}
     if work.family == "ac":
-        return {"target": (objective, "encode"), "predictor": (objective, "predict")}
-    return {"context": (objective.encoder, "context"), "target": (objective.target_encoder, "rows"),
-            "predictor": (objective.predictor, "forward")}
+        return patches | {"target": (objective, "encode"), "predictor": (objective, "predict")}
+    return patches | {"context": (objective.encoder, "context"), "target": (objective.target_encoder, "rows"),
+                      "predictor": (objective.predictor, "forward")}
 
 
 def with_features(work: Work, objective, inputs: dict) -> dict:

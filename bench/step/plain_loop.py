@@ -47,6 +47,10 @@ def build(work: Work, manner: Manner) -> nn.Module:
 
 
 def loop(work: Work, batches: Batches, *, manner: Manner) -> None:
+    # officially the data loader's processes normalise, and float32 travels; tuned, uint8 does
+    is_official = not manner.makes_tables
+    batches.prepare(lambda inputs: {name: to_float(name, value) if is_official and value.dtype == torch.uint8 else value
+                                    for name, value in inputs.items()})
     recipe, model = work.recipe, build(work, manner)
     roles = {name: getattr(model, name) for name in ROLES if hasattr(model, name)}
     trained = {name: role for name, role in roles.items() if any(p.requires_grad for p in role.parameters())}
@@ -59,10 +63,6 @@ def loop(work: Work, batches: Batches, *, manner: Manner) -> None:
     is_half, device = recipe.train.precision == "bf16", work.device
     scaler = torch.amp.GradScaler("cuda") if manner.has_scaler and is_half and device.type == "cuda" else None
     batches.regions(**regions_of(work, model))
-    # officially the data loader's processes normalise, and float32 travels; tuned, uint8 does
-    is_official = not manner.makes_tables
-    batches.prepare(lambda inputs: {name: to_float(name, value) if is_official and value.dtype == torch.uint8 else value
-                                    for name, value in inputs.items()})
     for step, (inputs, masks) in enumerate(batches):
         batch = on_device(inputs, work)
         masks = {name: [index.to(device, non_blocking=True) for index in lists] for name, lists in masks.items()}

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 COMPONENTS = ("target GEMM", "context GEMM", "predictor GEMM", "attention", "elementwise, norm", "patch embed, loss",
               "optimizer, EMA", "host")
-REGIONS = ("target", "context", "predictor")
 BACKWARD = "autograd::engine::evaluate_function: "
 LAUNCHES = re.compile(r"(cuda|cu)(LaunchKernel|GraphLaunch|Memcpy|Memset)")
 STOPS = re.compile(r"cuda(Stream|Device|Event)Synchronize")
@@ -19,11 +18,11 @@ STOPS = re.compile(r"cuda(Stream|Device|Event)Synchronize")
 KINDS = (("optimizer", r"adamw|_foreach|ema_update"),
          ("attention", r"scaled_dot_product|flash|efficient_attention|varlen_attention|softmax|bmm"),
          ("patch embed", r"conv|latent_loss|gather_patches|smooth_l1|l1_loss"),
-         ("GEMM", r"^aten::(mm|addmm|_addmm_activation|linear|mkldnn_linear|_scaled_mm|matmul)$|fp8"))
+         ("GEMM", r"^aten::(mm|addmm|_addmm_activation|linear|mkldnn_linear|_scaled_mm|matmul)$|^jepa_fast\w*::matmul|fp8"))
 
 
 def mark(name: str, function: Callable) -> Callable:
-    """The function, its calls named in profiles: target, context or predictor."""
+    """The function, its calls named in profiles: target, context, predictor or patch embed."""
     def marked(*args, **kwargs):
         with record_function(f"region: {name}"):
             return function(*args, **kwargs)
@@ -63,7 +62,7 @@ def take_apart(events, seconds: float, is_cuda: bool) -> dict:
     regions = Regions(host_events)
     times: dict[str, float] = defaultdict(float)
     for event in host_events:
-        own = sum(kernel.duration for kernel in event.kernels) if is_cuda else _own_time(event)
+        own = _device_time(event) if is_cuda else _own_time(event)
         if own:
             times[regions.component(event)] += own / 1e3
     total_ms = seconds * 1e3
@@ -87,12 +86,10 @@ class Regions:
     def __init__(self, events: list):
         backward = [event for event in events if event.name.startswith(BACKWARD)]
         self.backward_end = max((event.time_range.end for event in backward), default=float("inf"))
-        self.forward: dict[int, str] = {}
-        for event in events:
-            if event.sequence_nr >= 0 and self._backward_node(event) is None:
-                region = self._marked(event)
-                if region:
-                    self.forward.setdefault(event.sequence_nr, region)
+        # of several operators with one number the last makes the node
+        self.forward = {event.sequence_nr: self._marked(event)
+                        for event in sorted(events, key=lambda event: event.time_range.start)
+                        if event.sequence_nr >= 0 and self._backward_node(event) is None}
 
     def component(self, event) -> str:
         region, kind = self.region(event), kind_of(event)
@@ -100,7 +97,7 @@ class Regions:
             return "optimizer, EMA"
         if kind in ("attention", "patch embed"):
             return {"attention": "attention", "patch embed": "patch embed, loss"}[kind]
-        if region is None:
+        if region in (None, "patch embed"):
             return "patch embed, loss"
         return f"{region} GEMM" if kind == "GEMM" else "elementwise, norm"
 
@@ -137,6 +134,11 @@ def kind_of(event) -> str | None:
                     return kind
         event = event.cpu_parent
     return None
+
+
+def _device_time(event) -> float:
+    # calls of the CUDA library stand beside the operators that made them
+    return 0.0 if event.name.startswith("cu") else sum(kernel.duration for kernel in event.kernels)
 
 
 def _own_time(event) -> float:

@@ -41,15 +41,16 @@ class Batches:
         self.command: dict | None = None
         self.losses: list = []
         self.profile: Profile | None = None
-        self.base_bytes = _resident_bytes()
+        self.base_bytes: int | None = None
 
     def prepare(self, make: Callable[[dict[str, Tensor]], object]) -> None:
-        """Make every batch's pixels into what the provider's data loader would hand over."""
+        """Make every batch's pixels into what the provider's data loader would hand over; called before models are built."""
         self.inputs = [_pinned(make(inputs), self.is_cuda) for inputs in self.work.inputs()]
-        self.base_bytes = _resident_bytes()
+        if self.base_bytes is None:
+            self.base_bytes = resident_bytes()
 
     def regions(self, **functions: tuple[object, str] | list[tuple[object, str]]) -> None:
-        """Name what belongs to target, context and predictor in profiles: (object, name of its method)."""
+        """Name what belongs to a part of the model in profiles: (object, name of its method)."""
         for region, pairs in functions.items():
             for owner, name in pairs if isinstance(pairs, list) else [pairs]:
                 setattr(owner, name, mark(region, getattr(owner, name)))
@@ -82,7 +83,7 @@ class Batches:
             return
         row = {"seconds": time.perf_counter() - self.began, "steps": self.command["steps"],
                "losses": [float(loss) for loss in self.losses]}
-        row["peak_bytes"] = torch.cuda.max_memory_allocated() if self.is_cuda else _peak_bytes() - self.base_bytes
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() if self.is_cuda else peak_bytes() - self.base_bytes
         if self.profile is not None:
             row["profile"] = self.profile.stop(row["seconds"] / row["steps"])
             self.profile = None
@@ -99,6 +100,8 @@ class Batches:
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
+        else:
+            reset_peak()
         if self.command["do"] == "profile":
             self.profile = Profile(self.is_cuda, count_flops=self.command.get("flops", False))
             self.profile.start()
@@ -119,13 +122,26 @@ def _pinned(value, is_cuda: bool):
     return type(value)(_pinned(item, is_cuda) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes() -> int:
+    return _status("VmRSS")
 
 
-def _resident_bytes() -> int:
-    statm = pathlib.Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else _peak_bytes()
+def peak_bytes() -> int:
+    """Most memory that was resident since `reset_peak`; where the system cannot reset it, since the process began."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 // Boxes of uint8 images resized with antialiasing, mirrored and normalised, one view per thread at a time.
 //
 // First along the height, one row of the view at a time: whole rows of bytes, interleaved or planar, are weighted and added
-// into one row of floats that stays in the cache. Then along the width from that row. Nothing else is stored in between.
+// into one row of floats that stays in the cache. Then along the width from that row, many pixels of the view at a time,
+// each gathering from where it lies. Nothing else is stored in between.
 // images [B, C, H, W] with any strides, or [P, C] contiguous with layout [B, 3]; all else contiguous, boxes float32.
 #include "../common.h"
 #include "../simd.h"
@@ -57,31 +58,54 @@ void add_row(const uint8_t* src, int64_t stride, int64_t n, float w, bool is_fir
   }
 }
 
+struct Columns {  // the taps along the width, tap by tap, mirrored where the view is
+  int64_t width, num;
+  std::vector<int32_t> from;  // [width], in floats of the row
+  std::vector<float> weight;  // [num, width], 0 beyond a pixel's own taps
+
+  Columns(const Taps& taps, int64_t width, int64_t step, bool is_flipped)
+      : width(width), num(*std::max_element(taps.num.begin(), taps.num.end())), from(width), weight(num * width) {
+    for (int64_t x = 0; x < width; ++x) {
+      const int64_t to = is_flipped ? width - 1 - x : x;
+      from[to] = int32_t(taps.begin[x] * step);
+      for (int64_t k = 0; k < taps.num[x]; ++k) weight[k * width + to] = taps.weight[x * taps.max_taps + k];
+    }
+  }
+  void apply(const float* row, int64_t step, float* __restrict total) const {
+    const int32_t* at = from.data();
+    for (int64_t k = 0; k < num; ++k) {
+      const float *w = weight.data() + k * width, *shifted = row + k * step;
+      if (k == 0)
+        for (int64_t x = 0; x < width; ++x) total[x] = w[x] * shifted[at[x]];
+      else
+        for (int64_t x = 0; x < width; ++x) total[x] += w[x] * shifted[at[x]];
+    }
+  }
+};
+
 template <typename T>
 void resize(const Image& image, const Taps& rows, const Taps& columns, int64_t C, bool is_flipped, const float* scale,
-            const float* shift, int64_t height, int64_t width, std::vector<float>& row, T* out) {
+            const float* shift, int64_t height, int64_t width, std::vector<float>& buffer, T* out) {
   const int64_t n = columns.end - columns.first;
   const bool is_interleaved = image.s_c == 1 && image.s_w == C;
-  row.resize(n * C);
+  const int64_t step = is_interleaved ? C : 1;
+  const Columns along(columns, width, step, is_flipped);
+  // taps of weight 0 may lie beyond the row: zeros, for NaN times 0 is NaN
+  buffer.assign((n + along.num) * C + width, 0.f);
+  float *row = buffer.data(), *total = row + (n + along.num) * C;
   for (int64_t y = 0; y < height; ++y) {
     for (int64_t k = 0; k < rows.num[y]; ++k) {
       const uint8_t* src = image.pixels + (rows.first + rows.begin[y] + k) * image.s_h + columns.first * image.s_w;
       const float w = rows.weight[y * rows.max_taps + k];
       if (is_interleaved)
-        add_row(src, 1, n * C, w, k == 0, row.data());
+        add_row(src, 1, n * C, w, k == 0, row);
       else
-        for (int64_t c = 0; c < C; ++c) add_row(src + c * image.s_c, image.s_w, n, w, k == 0, row.data() + c * n);
+        for (int64_t c = 0; c < C; ++c) add_row(src + c * image.s_c, image.s_w, n, w, k == 0, row + c * n);
     }
-    const int64_t step = is_interleaved ? C : 1;
     for (int64_t c = 0; c < C; ++c) {
-      const float* from = row.data() + (is_interleaved ? c : c * n);
+      along.apply(row + (is_interleaved ? c : c * n), step, total);
       T* to = out + (c * height + y) * width;
-      for (int64_t x = 0; x < width; ++x) {
-        const float *w = columns.weight.data() + x * columns.max_taps, *at = from + columns.begin[x] * step;
-        float total = 0.f;
-        for (int64_t k = 0; k < columns.num[x]; ++k) total += w[k] * at[k * step];
-        from_float(to + (is_flipped ? width - 1 - x : x), total * scale[c] + shift[c]);
-      }
+      for (int64_t x = 0; x < width; ++x) from_float(to + x, total[x] * scale[c] + shift[c]);
     }
   }
 }
@@ -93,7 +117,7 @@ void crop_resize(const Tensor& images, const int64_t* layout, const float* boxes
   auto* dst = static_cast<T*>(out.data_ptr());
   const int64_t C = out.size(1), height = out.size(2), width = out.size(3);
   torch::stable::parallel_for(0, out.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> row;
+    std::vector<float> buffer;
     for (int64_t view = begin; view < end; ++view) {
       const int64_t i = index[view], *where = layout + 3 * i;
       const Image image = layout ? Image{pixels + where[0] * C, where[1], where[2], 1, where[2] * C, C}
@@ -101,7 +125,7 @@ void crop_resize(const Tensor& images, const int64_t* layout, const float* boxes
                                          images.stride(2), images.stride(3)};
       const float* box = boxes + 4 * view;
       const Taps rows(box[0], box[2], image.H, height), columns(box[1], box[3], image.W, width);
-      resize(image, rows, columns, C, flips && flips[view], scale.data(), shift.data(), height, width, row,
+      resize(image, rows, columns, C, flips && flips[view], scale.data(), shift.data(), height, width, buffer,
              dst + view * C * height * width);
     }
   });

@@ -5,16 +5,18 @@ A data set here is an object with `len()`, `image(i)` (PIL image, or uint8 tenso
 """
 
 import errno
+import io
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .loader import BadFile, Batch, load_batches
+from .device_crops import DeviceMultiCrop, on_device
+from .loader import BadFile, Prefetcher, load_batches
 from .transforms import AsIs, EvalTransform, IjepaTransform, Transform
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -33,8 +35,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Path, in_chans: int = 3):
-        if in_chans not in _MODES:
-            raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
+        check_in_chans(in_chans)
         self.root, self.in_chans = os.path.expanduser(root), in_chans
         expected = f"expected a folder tree of images ({', '.join(EXTENSIONS)})"
         if not os.path.exists(self.root):
@@ -74,11 +75,24 @@ class ImageFolder:
             raise bad_file(path, error) from None
 
 
+def check_in_chans(in_chans: int) -> None:
+    if in_chans not in _MODES:
+        raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
+
+
 def bad_file(path: str, error: Exception) -> Exception:
     """What to raise for an error met while a file was read: BadFile, or the error itself where no file is to blame."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in _EXHAUSTED:
         return error
     return BadFile(f"{printable(path)}: {_reason(error)}")
+
+
+def decode(name: str, content: bytes, in_chans: int) -> Image.Image:
+    """The image in these bytes, as `ImageFolder.image` gives it; BadFile under that name where it cannot be read."""
+    try:
+        return Image.open(io.BytesIO(content)).convert(_MODES[in_chans])
+    except Exception as error:
+        raise bad_file(name, error) from None
 
 
 def _reason(error: Exception) -> str:
@@ -123,22 +137,32 @@ def find_files(root: str, extensions: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderData:
+class ImageData:
+    """What all sources of image files have in common: views, and the processes that make them."""
+
+    in_chans: int = 3                                       # 3: RGB, 1: grayscale
+    transform: Transform | DeviceMultiCrop = IjepaTransform()  # training views
+    views_on: Literal["workers", "device"] = "workers"      # where they are made; the device makes DeviceMultiCrop's of them
+    eval_transform: EvalTransform | AsIs = EvalTransform()  # for probes
+    num_workers: int = 4                                    # loader processes per rank; 0: in the training process
+    prefetch_factor: int = 2                                # batches that each of them has under way
+    pin_memory: bool = True                                 # page-locked batches, for a GPU
+    max_bad_fraction: float = 0.01                          # of the files seen; more unreadable ones are an error
+
+    def batches(self, dataset, **run) -> Prefetcher:
+        """Training batches; `run` as `load_batches` takes it."""
+        transform = on_device(self.transform) if self.views_on == "device" else self.transform
+        return load_batches(dataset, transform, num_workers=self.num_workers, prefetch_factor=self.prefetch_factor,
+                            pin_memory=self.pin_memory, max_bad_fraction=self.max_bad_fraction, **run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolderData(ImageData):
     """A folder tree of images; see ImageFolder."""
 
     root: str = ""                                          # the folder
-    in_chans: int = 3                                       # 3: RGB, 1: grayscale
-    transform: Transform = IjepaTransform()                 # training views
-    eval_transform: EvalTransform | AsIs = EvalTransform()  # for probes
-    num_workers: int = 4                                    # loader processes per rank; 0: in the training process
-    max_bad_fraction: float = 0.01                          # of the files seen; more unreadable ones are an error
 
     def build(self) -> ImageFolder:
         if not self.root:
             raise ValueError("data.root is empty: pass --data.root FOLDER")
         return ImageFolder(self.root, self.in_chans)
-
-    def batches(self, dataset, **run) -> Iterator[Batch]:
-        """Training batches; `run` as `load_batches` takes it."""
-        return load_batches(dataset, self.transform, num_workers=self.num_workers,
-                            max_bad_fraction=self.max_bad_fraction, **run)

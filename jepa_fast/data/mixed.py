@@ -6,11 +6,11 @@
 A batch of B clips has B * images_per_clip images. Both streams have their own epochs, each a function of (seed, step).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .images import ImageFolderData
 from .loader import Batch
+from .prefetch import Prefetcher
 from .synthetic import SyntheticData, SyntheticVideoData
 from .video import VideoData
 
@@ -60,7 +60,7 @@ class MixedData:
     def build(self) -> Mixed:
         return Mixed(build("videos", self.videos), build("images", self.images))
 
-    def batches(self, dataset: Mixed, *, global_batch_size: int, **run) -> Iterator[Batch]:
+    def batches(self, dataset: Mixed, *, global_batch_size: int, **run) -> Prefetcher:
         """Training batches; `run` as `load_batches` takes it. Raises ValueError for a broken number of images."""
         num_images = global_batch_size * self.images_per_clip
         if num_images != int(num_images):
@@ -68,7 +68,10 @@ class MixedData:
                              f"{global_batch_size} clips")
         clips = self.videos.batches(dataset.videos, global_batch_size=global_batch_size, **run)
         images = self.images.batches(dataset.images, global_batch_size=int(num_images), **run)
-        return (join(*pair) for pair in zip(clips, images, strict=True))
+        pairs = ({"videos": clip, "images": image, "index": clip["index"]}
+                 for clip, image in zip(clips.batches, images.batches, strict=True))
+        return Prefetcher(pairs, clips.device, start_step=clips.start_step, finish=lambda pair, step: join(
+            clips.finish(pair["videos"], step), images.finish(pair["images"], step)))
 
 
 def build(name: str, source):

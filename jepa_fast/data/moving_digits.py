@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .loader import Batch, _TrainingRows, steps_per_epoch
+from .loader import Batch, Prefetcher, _TrainingRows, steps_per_epoch
 from .mnist import load_mnist, split_indices
 from .pixels import normalise
 
@@ -164,7 +164,7 @@ class MovingDigitsData:
 
     def batches(self, dataset: MovingDigits, *, global_batch_size: int, seed: int = 0, start_step: int = 0,
                 num_steps: int | None = None, rank: int = 0, world_size: int = 1,
-                device: torch.device | str = "cpu") -> Iterator[Batch]:
+                device: torch.device | str = "cpu") -> Prefetcher:
         """{"clips": float32 [B, 1, T, H, W], "labels" [B], "index" [B]}; order, ranks and steps as in `load_batches`."""
         if len(self.mean) != 1 or len(self.std) != 1:
             raise ValueError(f"mean and std must have one number, for grey clips, got {self.mean} and {self.std}")
@@ -176,10 +176,11 @@ class MovingDigitsData:
             raise ValueError(f"start_step must be at least 0, got {start_step}")
         B = global_batch_size // world_size
         rows = _TrainingRows(dataset, seed, num_epoch_steps, global_batch_size, rank * B, B, start_step, num_steps)
-        return self._batches(dataset, rows, device)
+        return Prefetcher(self._drawn(dataset, rows), device, start_step=start_step,
+                          finish=lambda batch, step: batch | {"clips": self.normalise(batch["clips"])})
 
-    def _batches(self, dataset: MovingDigits, rows, device) -> Iterator[Batch]:
+    @staticmethod
+    def _drawn(dataset: MovingDigits, rows) -> Iterator[Batch]:
         for keys in rows:
             index = torch.tensor([index for _, index, *_ in keys])
-            clips = self.normalise(dataset.clips(index).to(device, non_blocking=True))
-            yield {"clips": clips, "labels": dataset.labels[index].to(device), "index": index}
+            yield {"clips": dataset.clips(index), "labels": dataset.labels[index], "index": index}

@@ -64,28 +64,38 @@ class Prefetcher:
     def _next(self) -> tuple[int, Batch, Batch]:
         if self._stop.is_set():
             raise StopIteration
-        is_first = self._source is None
-        if is_first:
+        if self._source is None:
             self._source = _prepared(self.batches, self.prepare, self.start_step)
+            if self._copies is not None:
+                return self._begin()
         if self._copies is None:
             return next(self._source)
-        # the first batch is read here: the processes that this starts are watched only in the main thread
-        item = self._copies.start(next(self._source)) if is_first else self._ahead.get()
-        if is_first:
-            # the thread knows nothing of self, which would then never be collected
-            self._thread = threading.Thread(target=_run_ahead, args=(self._source, self._copies, self._ahead, self._stop),
-                                            daemon=True, name="prefetch")
-            self._thread.start()
+        item = self._ahead.get()
         if item is _END or isinstance(item, BaseException):
             self._stop.set()
             raise StopIteration if item is _END else item
+        return self._copies.take(*item)
+
+    def _begin(self) -> tuple[int, Batch, Batch]:
+        """The first batch is read here: the processes that this starts are watched only in the main thread."""
+        try:
+            item = self._copies.start(next(self._source))
+        except BaseException:
+            self._stop.set()
+            raise
+        # the thread knows nothing of self, which would then never be collected
+        self._thread = threading.Thread(target=_run_ahead, args=(self._source, self._copies, self._ahead, self._stop),
+                                        daemon=True, name="prefetch")
+        self._thread.start()
         return self._copies.take(*item)
 
     def close(self) -> None:
         """Stop reading; the loader's processes end."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=10)
+            if self._thread.is_alive():  # it waits for a process that hangs; both end with this one
+                return
         for source in (self._source, self.batches):
             if hasattr(source, "close"):
                 source.close()

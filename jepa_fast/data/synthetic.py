@@ -1,13 +1,12 @@
 """Random images and clips that need no file: for benches and tests."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .clip_transform import ClipTransform, EvalClipTransform
-from .loader import Batch, load_batches
+from .loader import Prefetcher, load_batches
 from .seeds import generator_for
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, AsIs, Transform
 
@@ -52,7 +51,7 @@ class SyntheticData:
     def build(self) -> SyntheticImages:
         return SyntheticImages(self.num_images, self.image_size, self.in_chans, self.num_classes, self.seed)
 
-    def batches(self, dataset, **run) -> Iterator[Batch]:
+    def batches(self, dataset, **run) -> Prefetcher:
         """Training batches; `run` as `load_batches` takes it."""
         return load_batches(dataset, self.transform, num_workers=self.num_workers, **run)
 
@@ -101,6 +100,6 @@ class SyntheticVideoData:
         return SyntheticVideos(self.num_videos, self.num_frames, self.image_size, self.in_chans, self.num_classes,
                                self.seed)
 
-    def batches(self, dataset, **run) -> Iterator[Batch]:
+    def batches(self, dataset, **run) -> Prefetcher:
         """Training batches; `run` as `load_batches` takes it."""
         return load_batches(dataset, self.transform, num_workers=self.num_workers, **run)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .feature_cache import FeatureCache
-from .loader import BadFile, BadFiles, Batch
+from .loader import BadFile, BadFiles, Batch, Prefetcher
 from .poses import pose_difference
 from .seeds import generator_for
 from .trajectories import STATE_DIM, CentreCrop, Trajectories
@@ -35,6 +35,8 @@ class TrajectoryData:
     crop: CentreCrop = CentreCrop()
     features: str = ""                              # folder of a feature cache: frames are not read
     num_workers: int = 4                            # loader processes per rank; 0: in the training process
+    prefetch_factor: int = 2                        # batches that each of them has under way
+    pin_memory: bool = True                         # page-locked batches, for a GPU
     max_bad_fraction: float = 0.01                  # of the files seen; more unreadable ones are an error
 
     def build(self) -> Trajectories:
@@ -45,7 +47,7 @@ class TrajectoryData:
 
     def batches(self, dataset: Trajectories, *, global_batch_size: int, seed: int = 0, start_step: int = 0,
                 num_steps: int | None = None, rank: int = 0, world_size: int = 1,
-                device: torch.device | str = "cpu") -> Iterator[Batch]:
+                device: torch.device | str = "cpu") -> Prefetcher:
         """Batches of one rank for the steps from `start_step` to `num_steps` (None: endless)."""
         if global_batch_size < 1 or world_size < 1 or global_batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError("global_batch_size must be a positive multiple of world_size, and rank below it, got "
@@ -56,8 +58,17 @@ class TrajectoryData:
         rows = _Rows(len(dataset), seed, global_batch_size, rank, world_size, start_step, num_steps)
         samples = _Clips(dataset, seed, cache, self.max_bad_fraction)
         loader = DataLoader(samples, batch_sampler=rows, collate_fn=list, num_workers=self.num_workers,
-                            generator=torch.Generator(), pin_memory=torch.device(device).type == "cuda")
-        return _finished(loader, dataset, cache, BadFiles(len(dataset), self.max_bad_fraction, "trajectories"), device)
+                            prefetch_factor=self.prefetch_factor if self.num_workers else None, generator=torch.Generator(),
+                            pin_memory=self.pin_memory and torch.device(device).type == "cuda")
+        bad_files = BadFiles(len(dataset), self.max_bad_fraction, "trajectories")
+
+        def finish(batch: Batch, step: int) -> Batch:
+            if cache:
+                return batch
+            clips = [dataset.crop.finish(frames) for frames in batch.pop("frames")]
+            return batch | {"clips": torch.stack(clips).transpose(1, 2)}
+
+        return Prefetcher(_judged(loader, cache, bad_files), device, finish=finish, start_step=start_step)
 
 
 class SyntheticTrajectories:
@@ -137,8 +148,8 @@ class _Clips:
         return {"bad": bad, "index": index}
 
 
-def _finished(loader: DataLoader, dataset: Trajectories, cache: FeatureCache | None, bad_files: BadFiles,
-              device: torch.device | str) -> Iterator[Batch]:
+def _judged(loader: DataLoader, cache: FeatureCache | None, bad_files: BadFiles) -> Iterator[Batch]:
+    """Host batches; frames, which may have any size, as a list."""
     for samples in loader:
         errors = [sample["error"] for sample in samples if "error" in sample]
         if errors:
@@ -149,9 +160,5 @@ def _finished(loader: DataLoader, dataset: Trajectories, cache: FeatureCache | N
             raise ValueError(bad_files.summary())
         batch = {"index": index, "bad_files": new, "num_bad_files": len(bad_files.messages)}
         for key in ("states", "actions", *(["features"] if cache else [])):
-            batch[key] = torch.stack([sample[key] for sample in samples]).to(device, non_blocking=True)
-        if cache:
-            yield batch | {"encoder": cache.encoder}
-        else:
-            clips = [dataset.crop.finish(sample["frames"].to(device, non_blocking=True)) for sample in samples]
-            yield batch | {"clips": torch.stack(clips).transpose(1, 2)}
+            batch[key] = torch.stack([sample[key] for sample in samples])
+        yield batch | ({"encoder": cache.encoder} if cache else {"frames": [sample["frames"] for sample in samples]})

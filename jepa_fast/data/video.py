@@ -9,7 +9,7 @@ of an epoch. Files that cannot be read, or are too short for what was asked, rai
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .clip_transform import ClipTransform, EvalClipTransform
 from .clips import EVERY_FOURTH, ClipSampling
 from .decoders import DecoderName, choose_decoder
 from .images import bad_file, find_files, printable
-from .loader import Batch, load_batches
+from .loader import Prefetcher, load_batches
 
 EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv")
 
@@ -187,6 +187,8 @@ class VideoData:
     transform: ClipTransform = ClipTransform()              # training clips
     eval_transform: EvalClipTransform = EvalClipTransform()  # for probes
     num_workers: int = 8                                    # loader processes per rank; 0: in the training process
+    prefetch_factor: int = 2                                # batches that each of them has under way
+    pin_memory: bool = True                                 # page-locked batches, for a GPU
     max_bad_fraction: float = 0.01                          # of the files seen; more unreadable ones are an error
 
     def build(self) -> Videos:
@@ -206,7 +208,7 @@ class VideoData:
 
         return VideoShards(self.shards, self.weights, sampling, self.decoder)
 
-    def batches(self, dataset, **run) -> Iterator[Batch]:
+    def batches(self, dataset, **run) -> Prefetcher:
         """Training batches; `run` as `load_batches` takes it."""
-        return load_batches(dataset, self.transform, num_workers=self.num_workers,
-                            max_bad_fraction=self.max_bad_fraction, **run)
+        return load_batches(dataset, self.transform, num_workers=self.num_workers, prefetch_factor=self.prefetch_factor,
+                            pin_memory=self.pin_memory, max_bad_fraction=self.max_bad_fraction, **run)

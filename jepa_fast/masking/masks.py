@@ -125,7 +125,7 @@ class Masks:
             context_target_idx=context_rows.index_select(0, context_target),
             full_cu_seqlens=torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=rows.device),
             batch_size=B, num_tokens=N, num_contexts=num_contexts, num_targets=num_targets,
-            counts=MaskCounts.of(context_lengths, sequence_lengths, target_pieces))
+            counts=MaskCounts.of(context_lengths, sequence_lengths, target_pieces, int(target_row_lengths.sum())))
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Target list and context list of every kind of predictor sequence, [S] each."""
@@ -144,13 +144,15 @@ class MaskCounts:
     predictor_pairs: int
     prediction: int           # mask tokens among those of the predictor
     prediction_pairs: int     # of mask tokens as queries with all tokens of their sequences
+    target_rows: int          # tokens that any prediction is compared with
 
     @classmethod
-    def of(cls, context: Tensor, predictor: Tensor, prediction: Tensor) -> MaskCounts:
+    def of(cls, context: Tensor, predictor: Tensor, prediction: Tensor, target_rows: int) -> MaskCounts:
         """Lengths of context sequences, of predictor sequences, and how many of the latter's tokens are predicted."""
         return cls(context=int(context.sum()), context_pairs=int(context.square().sum()),
                    predictor=int(predictor.sum()), predictor_pairs=int(predictor.square().sum()),
-                   prediction=int(prediction.sum()), prediction_pairs=int((prediction * predictor).sum()))
+                   prediction=int(prediction.sum()), prediction_pairs=int((prediction * predictor).sum()),
+                   target_rows=target_rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -188,7 +190,7 @@ class PackedMasks:
     num_contexts: int               # E
     num_targets: int                # M
     prediction_weight: Tensor | None = None  # [Q] float64: of a prediction in the loss, 0 for padding; None: see above
-    num_padding: int = 0            # so many of the last rows of each list may be padding (see `padding.pad`)
+    num_padding: int = 0            # so many of the last predictions and target rows may be padding (see `padding.pad`)
     counts: MaskCounts | None = None    # tokens without any padding; None where batches were joined
 
     @classmethod

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,44 +15,58 @@ from .masks import PackedMasks
 
 TILE = 64  # rows of an attention kernel's tile: longest sequences are rounded up to it, padding is cut into such sequences
 
-# list of rows -> (its cu_seqlens, its max_seqlen)
-_LISTS = {"context_idx": ("context_cu_seqlens", "context_max_seqlen"),
-          "predictor_idx": ("predictor_cu_seqlens", "predictor_max_seqlen"),
-          "prediction_idx": ("prediction_cu_seqlens", "prediction_max_seqlen"),
-          "target_rows": ("target_rows_cu_seqlens", "target_rows_max_seqlen")}
+COARSE = 4  # predictor tokens, predictions and target rows are many and cheap beside contexts: padded to so many multiples
+
+
+class _List(NamedTuple):
+    """A list of rows and what belongs to it."""
+
+    name: str
+    cu_seqlens: str
+    max_seqlen: str
+    multiples: int
+    text: str
+
+
+_LISTS = (_List("context_idx", "context_cu_seqlens", "context_max_seqlen", 1, "context"),
+          _List("predictor_idx", "predictor_cu_seqlens", "predictor_max_seqlen", COARSE, "predictor"),
+          _List("prediction_idx", "prediction_cu_seqlens", "prediction_max_seqlen", COARSE, "predictions"),
+          _List("target_rows", "target_rows_cu_seqlens", "target_rows_max_seqlen", COARSE, "targets"))
 
 
 def pad(masks: PackedMasks, multiple: int) -> PackedMasks:
-    """The same masks with contexts, predictor tokens, predictions and target rows padded to multiples of `multiple`.
+    """The same masks with contexts padded to a multiple of `multiple`; predictor, predictions and targets of 4 times that.
 
-    Padding is further sequences at the end, ceil((multiple - 1) / 64) of them, at most 64 long and mostly empty; they see
-    only themselves. Padded predictions have weight 0 in `prediction_weight`, so loss and gradients are those of the true
-    ones up to the order of sums. Longest sequences are rounded up to 64. What no objective with padding reads is dropped.
-    Raises ValueError for a multiple below 1 and for masks that are padded.
+    Padding is further sequences at the end, as many in every step, at most 64 long and mostly empty; they see only
+    themselves. Padded predictions have weight 0 in `prediction_weight`, so loss and gradients are those of the true ones
+    up to the order of sums. Longest sequences are rounded up to 64. What no objective with padding reads is dropped;
+    `counts` stay those of true tokens. Raises ValueError for a multiple below 1 and for masks that are padded.
     """
     if multiple < 1:
         raise ValueError(f"multiple must be at least 1, got {multiple}")
     if masks.num_padding:
         raise ValueError("masks must not be padded already")
-    num_contexts, num_more = len(masks.context_idx), -(-(multiple - 1) // TILE)
+    num_contexts, coarse = len(masks.context_idx), COARSE * multiple
     more_contexts = -num_contexts % multiple
     # mask tokens follow the encoded contexts, of which there are more now; padding is the first of them
     predictor_idx = torch.where(masks.predictor_idx < num_contexts, masks.predictor_idx,
                                 masks.predictor_idx + more_contexts)
-    changes = {"predictor_idx": _extend(predictor_idx, multiple, num_contexts + more_contexts),
-               "predictor_position": _extend(masks.predictor_position, multiple, 0),
-               "prediction_target_row": _extend(masks.prediction_target_row, multiple, 0),
-               "prediction_weight": _extend(_weights(masks), multiple, 0),
+    empty = masks.full_cu_seqlens[-1:].expand(_num_sequences(coarse))
+    changes = {"predictor_idx": _extend(predictor_idx, coarse, num_contexts + more_contexts),
+               "predictor_position": _extend(masks.predictor_position, coarse, 0),
+               "prediction_target_row": _extend(masks.prediction_target_row, coarse, 0),
+               "prediction_weight": _extend(_weights(masks), coarse, 0),
                # padded target rows are queries of whole samples that have no tokens
-               "full_cu_seqlens": torch.cat([masks.full_cu_seqlens, masks.full_cu_seqlens[-1:].expand(num_more)])}
-    for rows, (cu_seqlens, max_seqlen) in _LISTS.items():
-        idx = getattr(masks, rows)
-        changes.setdefault(rows, _extend(idx, multiple, 0))
-        changes[cu_seqlens] = _end(getattr(masks, cu_seqlens), len(idx), len(changes[rows]), num_more)
-        changes[max_seqlen] = -(-getattr(masks, max_seqlen) // TILE) * TILE
+               "full_cu_seqlens": torch.cat([masks.full_cu_seqlens, empty])}
+    for name, cu_seqlens, max_seqlen, multiples, _ in _LISTS:
+        idx = getattr(masks, name)
+        changes.setdefault(name, _extend(idx, multiples * multiple, 0))
+        changes[cu_seqlens] = _end(getattr(masks, cu_seqlens), len(idx), len(changes[name]),
+                                   _num_sequences(multiples * multiple))
+        changes[max_seqlen] = _up(getattr(masks, max_seqlen), TILE)
     unread = dict.fromkeys(("target_idx", "prediction_target_idx", "prediction_lengths", "context_prediction_idx",
                             "context_target_idx"))
-    return dataclasses.replace(masks, **changes, **unread, num_padding=multiple - 1)
+    return dataclasses.replace(masks, **changes, **unread, num_padding=coarse - 1)
 
 
 @dataclass(frozen=True)
@@ -74,17 +89,24 @@ def padding_report(batches: Iterable[PackedMasks], multiple: int) -> PaddingRepo
     """Shapes and waste of unpadded masks if they were padded; from the lengths alone."""
     shapes, true, padded = Counter(), Counter(), Counter()
     for masks in batches:
-        lengths = {name: len(getattr(masks, name)) for name in _LISTS}
-        whole = {name: -(-length // multiple) * multiple for name, length in lengths.items()}
-        longest = [-(-getattr(masks, name) // TILE) for _, name in _LISTS.values()]
+        lengths = {entry.text: len(getattr(masks, entry.name)) for entry in _LISTS}
+        whole = {entry.text: _up(lengths[entry.text], entry.multiples * multiple) for entry in _LISTS}
+        longest = [_up(getattr(masks, entry.max_seqlen), TILE) for entry in _LISTS]
         shapes[(*whole.values(), *longest)] += 1
         true.update(lengths)
         padded.update(whole)
     num_steps = shapes.total()
-    names = {"context_idx": "context", "predictor_idx": "predictor", "prediction_idx": "predictions",
-             "target_rows": "targets"}
     return PaddingReport(multiple, num_steps, len(shapes), sum(n for _, n in shapes.most_common(32)) / num_steps,
-                         {text: padded[name] / true[name] - 1 for name, text in names.items()})
+                         {text: padded[text] / true[text] - 1 for text in true})
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _num_sequences(multiple: int) -> int:
+    """That hold any padding up to a multiple."""
+    return -(-(multiple - 1) // TILE)
 
 
 def _extend(values: Tensor, multiple: int, value: int) -> Tensor:

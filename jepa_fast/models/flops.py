@@ -20,15 +20,16 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """What a step asks for: tokens that pass through transformers, and operations."""
+    """What a step asks for: tokens that pass through transformers, operations, and tokens that only pad."""
 
     tokens: int = 0
     model_flops: float = 0.0
     hardware_flops: float = 0.0
+    padding_tokens: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.model_flops + other.model_flops,
-                    self.hardware_flops + other.hardware_flops)
+                    self.hardware_flops + other.hardware_flops, self.padding_tokens + other.padding_tokens)
 
 
 class Transformer(Protocol):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..nn.block import Block, Sequences
 from ..nn.init import frozen_table, init_vit_
+from ..nn.linear import linear
 from ..nn.positions import sincos_2d
 from ..ops import assemble_predictor_input
 
@@ -46,11 +47,12 @@ class Predictor(nn.Module):
         mask token; predictor_position [P] is its place in the grid; prediction_idx [P_t] names the rows to return, and
         prediction_sequences says which of them belong to which of the sequences.
         """
+        x = linear(context, self.predictor_embed.weight, self.predictor_embed.bias)
         # in the mask token's dtype: a float32 residual stream under autocast, as official
-        x = assemble_predictor_input(self.predictor_embed(context), self.mask_token.flatten(), predictor_idx,
-                                     self.predictor_pos_embed[0], predictor_position)
+        x = assemble_predictor_input(x, self.mask_token.flatten(), predictor_idx, self.predictor_pos_embed[0],
+                                     predictor_position)
         for block in self.predictor_blocks[:-1]:
             x = block(x, sequences)
         # what the last block does to context tokens would be thrown away
         x = self.predictor_blocks[-1].of_rows(x, sequences, prediction_idx, prediction_sequences)
-        return self.predictor_proj(self.predictor_norm(x))
+        return linear(self.predictor_norm(x), self.predictor_proj.weight, self.predictor_proj.bias)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..masking import PackedMasks
 from ..nn.block import Block, Sequences
 from ..nn.init import frozen_table, init_vit_, rescale_blocks_
+from ..nn.linear import linear
 from ..ops import assemble_predictor_input, gather_tokens
 from .video_encoder import Grid, VideoTransformerConfig, position_table, video_rotary
 
@@ -53,7 +54,7 @@ class VideoPredictor(nn.Module):
 
         `mask_tokens` says which of them the numbers P_c, P_c + 1, ... of masks.predictor_idx stand for.
         """
-        x = self.predictor_embed(context)
+        x = linear(context, self.predictor_embed.weight, self.predictor_embed.bias)
         tokens = torch.cat([token.flatten(0, 1) for token in self.mask_tokens[mask_tokens]])
         rotary = None
         if self.encoder_config.positions == "sincos":
@@ -71,7 +72,7 @@ class VideoPredictor(nn.Module):
         # what the last block does to context tokens would be thrown away
         x = self.predictor_blocks[-1].of_rows(x, sequences, masks.prediction_idx,
                                               Sequences(masks.prediction_cu_seqlens, masks.prediction_max_seqlen))
-        return self.predictor_proj(self.predictor_norm(x))
+        return linear(self.predictor_norm(x), self.predictor_proj.weight, self.predictor_proj.bias)
 
     def _table(self, grid: Grid) -> Tensor:
         if grid != self.encoder_config.grid:

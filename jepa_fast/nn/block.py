@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bias_gelu, gather_tokens, varlen_attention, varlen_attention_qkv
 from .block_compiled import Fusion, compiled_block, fastest
 from .block_function import Activations, BlockWeights, How, block
 from .fp8 import Float8Weight
+from .linear import linear
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Attention(nn.Module):
     def _attend(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """forward(x), and qkv [P, 3, H, d]."""
         P, D = x.shape
-        qkv = self.qkv(x).view(P, 3, self.num_heads, D // self.num_heads)
+        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(P, 3, self.num_heads, D // self.num_heads)
         out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen, rotary=sequences.rotary,
                                    frame_size=sequences.frame_size)
-        return self.proj(out.view(P, D)), qkv
+        return self._project(out.view(P, D)), qkv
 
     def of_rows(self, x: Tensor, sequences: Sequences, rows: Tensor, row_sequences: Sequences) -> Tensor:
         """Rows `rows` [Q] of forward(x): only they are queries; every row of x [P, D] is a key and a value."""
@@ -64,12 +64,12 @@ class Attention(nn.Module):
         P, D = x.shape
         rotary = sequences.rotary
         heads = (self.num_heads, D // self.num_heads)
-        q = F.linear(gather_tokens(x, rows), self.qkv.weight[:D], self.qkv.bias[:D])
-        k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(P, 2, *heads).unbind(1)
+        q = linear(gather_tokens(x, rows), self.qkv.weight[:D], self.qkv.bias[:D])
+        k, v = linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(P, 2, *heads).unbind(1)
         out = varlen_attention(q.view(-1, *heads), k, v, row_sequences.cu_seqlens, row_sequences.max_seqlen,
                                sequences.cu_seqlens, sequences.max_seqlen, rotary_k=rotary,
                                rotary_q=None if rotary is None else rotary[rows])
-        return self.proj(out.view(-1, D))
+        return self._project(out.view(-1, D))
 
     def forward_and_keep(self, x: Tensor, sequences: Sequences, num_kept: int) -> tuple[Tensor, Tensor]:
         """forward(x) of B sequences of one length; keys and values [B, num_kept, 2, H, d] of their first tokens."""
@@ -83,14 +83,17 @@ class Attention(nn.Module):
         in it. `new` holds the rows of x, `whole` all. Exact where earlier rows do not see later ones: for whole frames.
         """
         Q, D = new.max_seqlen, x.shape[1]
-        qkv = self.qkv(x).view(-1, Q, 3, self.num_heads, D // self.num_heads)
+        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(-1, Q, 3, self.num_heads, D // self.num_heads)
         kept = qkv[:, :, 1:] if kept is None else torch.cat([kept, qkv[:, :, 1:]], 1)
         k, v = kept.flatten(0, 1).unbind(1)
         # the tokens of one frame, the last, see everything
         frame_size = 0 if Q <= whole.frame_size else whole.frame_size
         out = varlen_attention(qkv[:, :, 0].flatten(0, 1), k, v, new.cu_seqlens, Q, whole.cu_seqlens, whole.max_seqlen,
                                rotary_q=new.rotary, rotary_k=whole.rotary, frame_size=frame_size)
-        return self.proj(out.view(-1, D)), kept
+        return self._project(out.view(-1, D)), kept
+
+    def _project(self, out: Tensor) -> Tensor:
+        return linear(out, self.proj.weight, self.proj.bias)
 
 
 class Mlp(nn.Module):
@@ -100,7 +103,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        return linear(bias_gelu(linear(x, self.fc1.weight), self.fc1.bias), self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):

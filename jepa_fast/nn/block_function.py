@@ -19,8 +19,9 @@ All three give the same bits. Recomputation of normalised rows instead of keepin
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .linear import linear, mm
 
 Activations = Literal["lean", "all", "checkpoint"]
 
@@ -84,11 +85,6 @@ def block(x: Tensor, weights: BlockWeights, copies: BlockWeights, how: How) -> T
     return _forward(x, copies, how)[0]
 
 
-def linear(x: Tensor, weight, bias: Tensor | None = None) -> Tensor:
-    """x [P, K], weight [N, K] -> [P, N]; a weight that brings its own product (float8) is asked for it."""
-    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.linear(x, bias)
-
-
 def _forward(x: Tensor, w: BlockWeights, how: How) -> tuple[Tensor, _Kept]:
     ops = torch.ops.jepa_fast
     D = x.shape[1]
@@ -120,19 +116,20 @@ def _backward(grad: Tensor, kept: _Kept, w: BlockWeights, how: How, trains: bool
     if how.scale2 is not None:
         branch = branch * how.scale2.to(branch.dtype)
     fc2_weight, fc2_bias = weight_gradient(branch, kept.g)
-    u, fc1_bias = ops.bias_gelu_backward(branch @ w.fc2_weight, kept.u, w.fc1_bias)
+    u, fc1_bias = ops.bias_gelu_backward(mm(branch, w.fc2_weight), kept.u, w.fc1_bias)
     fc1_weight, _ = weight_gradient(u, kept.h2, has_bias=False)
-    stream, branch, norm2 = ops.layer_norm_backward(u @ w.fc1_weight, grad, kept.x1, w.norm2_weight, kept.mean2, kept.rstd2,
-                                                    branch_dtype)
+    stream, branch, norm2 = ops.layer_norm_backward(mm(u, w.fc1_weight), grad, kept.x1, w.norm2_weight, kept.mean2,
+                                                    kept.rstd2, branch_dtype)
     branch = stream if branch_dtype is None else branch
     if how.scale1 is not None:
         branch = branch * how.scale1.to(branch.dtype)
     proj_weight, proj_bias = weight_gradient(branch, kept.attended.view(P, D))
-    attended = (branch @ w.proj_weight).view(kept.attended.shape)
+    attended = mm(branch, w.proj_weight).view(kept.attended.shape)
     qkv = ops.varlen_attention_qkv_backward(attended, kept.qkv, kept.attended, kept.lse, how.cu_seqlens, how.max_seqlen,
                                             kept.qkv.shape[-1] ** -0.5, how.rotary, how.frame_size).view(P, 3 * D)
     qkv_weight, qkv_bias = weight_gradient(qkv, kept.h1)
-    x, _, norm1 = ops.layer_norm_backward(qkv @ w.qkv_weight, stream, kept.x, w.norm1_weight, kept.mean1, kept.rstd1, None)
+    x, _, norm1 = ops.layer_norm_backward(mm(qkv, w.qkv_weight), stream, kept.x, w.norm1_weight, kept.mean1, kept.rstd1,
+                                          None)
     return x, BlockWeights(*norm1, qkv_weight, qkv_bias, proj_weight, proj_bias, *norm2, fc1_weight, fc1_bias,
                            fc2_weight, fc2_bias)
 
@@ -143,7 +140,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, has_bias: bool = True) -> tuple[Te
     bias = grad.sum(0, dtype=wide) if has_bias else None
     if grad.is_cuda and grad.dtype != wide:
         return torch.mm(grad.t(), x, out_dtype=wide), bias
-    return grad.t() @ x, bias
+    return mm(grad.t(), x), bias
 
 
 class _Block(torch.autograd.Function):

@@ -3,9 +3,11 @@
 `step_work(config, batch)` reads shapes and the counts that masks carry, nothing on a device.
 """
 
+import dataclasses
 import functools
 
 from ..masking import MaskCounts, PackedMasks
+from ..masking.padding import TILE
 from ..models.encoder import VisionTransformerConfig
 from ..models.flops import Work, convolutional, embed, linear, perceptron, transformer
 from .action_conditioned import ActionConditionedConfig
@@ -27,15 +29,38 @@ def step_work(config, batch: dict, *, recompute: bool = False) -> Work:
 def _(config: LatentPredictionConfig, batch: dict, *, recompute: bool = False) -> Work:
     encoder, masks = config.encoder, batch["masks"]
     patch_values = encoder.in_chans * encoder.patch_size**2
-    return prediction_work(encoder, config.predictor, patch_values, _targets(masks), masks.counts, recompute=recompute)
+    return _masked(encoder, config.predictor, patch_values, masks, recompute)
 
 
 @step_work.register
 def _(config: VideoPredictionConfig, batch: dict, *, recompute: bool = False) -> Work:
     encoder = config.encoder
     patch_values = encoder.in_chans * encoder.tubelet_size * encoder.patch_size**2
-    return sum((prediction_work(encoder, config.predictor, patch_values, _targets(masks), masks.counts, recompute=recompute)
-                for masks in as_list(batch["masks"])), Work())
+    return sum((_masked(encoder, config.predictor, patch_values, masks, recompute) for masks in as_list(batch["masks"])),
+               Work())
+
+
+def _masked(encoder, predictor, patch_values: int, masks: PackedMasks, recompute: bool) -> Work:
+    """The algorithm's work is that of the true tokens; what runs has the padding too."""
+    asked, done = (prediction_work(encoder, predictor, patch_values, _targets(masks), counts, recompute=recompute)
+                   for counts in (masks.counts, _with_padding(masks)))
+    return Work(asked.tokens, asked.model_flops, done.hardware_flops, done.tokens - asked.tokens)
+
+
+def _with_padding(masks: PackedMasks) -> MaskCounts:
+    """Padding is in sequences of TILE tokens, which see only themselves."""
+    true = masks.counts
+    context, predictor, prediction = (len(rows) for rows in (masks.context_idx, masks.predictor_idx, masks.prediction_idx))
+
+    def pairs(num_queries: int, num_keys: int) -> int:
+        starts = range(0, min(num_queries, num_keys), TILE)
+        return sum(min(TILE, num_queries - start) * min(TILE, num_keys - start) for start in starts)
+
+    more = [context - true.context, predictor - true.predictor, prediction - true.prediction]
+    return dataclasses.replace(
+        true, context=context, context_pairs=true.context_pairs + pairs(more[0], more[0]),
+        predictor=predictor, predictor_pairs=true.predictor_pairs + pairs(more[1], more[1]), prediction=prediction,
+        prediction_pairs=true.prediction_pairs + pairs(more[2], more[1]))
 
 
 def prediction_work(encoder, predictor, patch_values: int, target: tuple[int, int, tuple[int, int] | None],
@@ -51,11 +76,11 @@ def prediction_work(encoder, predictor, patch_values: int, target: tuple[int, in
             + linear(counts.prediction, d, D))
 
 
-def _targets(masks: PackedMasks) -> tuple[int, int, tuple[int, int] | None]:
-    """Tokens and pairs of the target encoder, and those of its last block where only some rows go through it."""
+def _targets(masks: PackedMasks) -> tuple[int, int, tuple[int, int]]:
+    """Tokens and pairs of the target encoder, and those of its last block, through which only some rows go."""
     B, N = masks.batch_size, masks.num_tokens
-    rows = getattr(masks, "target_rows", None)
-    return B * N, B * N * N, None if rows is None else (len(rows), len(rows) * N)
+    # padded rows look at nothing
+    return B * N, B * N * N, (len(masks.target_rows), masks.counts.target_rows * N)
 
 
 @step_work.register

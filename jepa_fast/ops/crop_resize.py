@@ -25,7 +25,7 @@ def _check_values(images, layout, boxes, image_index, *_):
         height, width = (sizes if layout is None else sizes[n]).int().tolist()
         raise ValueError(f"boxes must be (top, left, height, width) within their images, got "
                          f"{[round(value, 3) for value in boxes[n].tolist()]} in {height} x {width} pixels")
-    if layout is not None and bool((layout[:, 0] < 0).any() | (layout[:, 0] + layout[:, 1] * layout[:, 2] > len(images)).any()):
+    if layout is not None and not ((layout[:, 0] >= 0) & (layout[:, 0] + layout[:, 1] * layout[:, 2] <= len(images))).all():
         raise ValueError(f"layout must be (first pixel, height, width) within {len(images)} pixels, got {layout.tolist()}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import yaml
 
-from ._recipe import OptimConfig, Recipe, TrainConfig, merge, save, to_yaml
+from ._recipe import OptimConfig, Recipe, TrainConfig, merge, save, to_yaml, with_image_source
 
 
 def all_recipes() -> dict[str, Callable[[], Recipe]]:
@@ -40,4 +40,5 @@ def load(path: pathlib.Path) -> Recipe:
     return merge(get_recipe(values["name"]), values, str(path))
 
 
-__all__ = ["OptimConfig", "Recipe", "TrainConfig", "all_recipes", "get_recipe", "load", "save", "to_yaml"]
+__all__ = ["OptimConfig", "Recipe", "TrainConfig", "all_recipes", "get_recipe", "load", "save", "to_yaml",
+           "with_image_source"]

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import pathlib
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,10 @@ import pydantic
 import yaml
 
 from ..data import (
+    HfImagesData,
+    ImageData,
     ImageFolderData,
+    ImageShardsData,
     MixedData,
     MnistData,
     MovingDigitsData,
@@ -33,8 +37,8 @@ from ..optim.schedules import Constant, Cosine, WarmupConstantLinear, WarmupCosi
 
 Objective = (ActionConditionedConfig | EBJEPAConfig | HierarchicalVideoPredictionConfig | LatentPredictionConfig
              | LeJEPAConfig | LeWorldModelConfig | VideoPredictionConfig)
-Data = (ImageFolderData | MixedData | MnistData | MovingDigitsData | SyntheticData | SyntheticTrajectoryData
-        | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
+Data = (HfImagesData | ImageFolderData | ImageShardsData | MixedData | MnistData | MovingDigitsData | SyntheticData
+        | SyntheticTrajectoryData | SyntheticVideoData | TrajectoryData | TwoRoomsData | VideoData)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,8 @@ class TrainConfig:
     shard_ranks: int = 1                       # ranks that hold one copy of the weights: 1 DDP, -1 all (FSDP2), else HSDP
     timeout_s: float = 600.0                   # a collective that takes longer ends the run: a rank hangs
     cuda_graphs: bool = False                  # replay whole steps: for small models; needs pad_tokens_to
-    pad_tokens_to: int = 0                     # packed tokens come in multiples of this, so shapes repeat; 0: no padding
+    pad_tokens_to: int = 0                     # contexts in multiples of this, longer lists of 4 times it, so that shapes
+                                               # come back; 0: no padding
     seed: int = 0
     max_steps: int | None = None               # stop early, schedules unchanged
     start_from: str = ""                       # a run's checkpoint to begin with: weights and optimizer, not the step
@@ -86,6 +91,20 @@ class Recipe:
     train: TrainConfig
 
 
+def with_image_source(recipe: Recipe, fields: Iterable[str]) -> Recipe:
+    """The recipe on the source of images that has the named fields of `data`; as it is where its own has them, or none.
+
+    --data.shards turns a folder of images into shards, --data.path into a Hugging Face data set.
+    """
+    if isinstance(recipe.data, ImageData):
+        unknown = set(fields) - {field.name for field in dataclasses.fields(recipe.data)}
+        shared = {field.name: getattr(recipe.data, field.name) for field in dataclasses.fields(ImageData)}
+        for source in (ImageFolderData, ImageShardsData, HfImagesData):
+            if unknown and unknown <= {field.name for field in dataclasses.fields(source)}:
+                return dataclasses.replace(recipe, data=source(**shared))
+    return recipe
+
+
 def save(recipe: Recipe, path: pathlib.Path) -> None:
     path.write_text(to_yaml(recipe))
 
@@ -96,7 +115,8 @@ def to_yaml(recipe: Recipe) -> str:
 
 def merge(base: Recipe, values: dict, where: str = "recipe") -> Recipe:
     """`base` with values from a file. The recipe of that name in the code says which classes its parts have."""
-    return _merge(base, values, where, "")
+    data = values.get("data")
+    return _merge(with_image_source(base, data) if isinstance(data, dict) else base, values, where, "")
 
 
 def _merge(base, values: dict, where: str, prefix: str):

@@ -1,8 +1,8 @@
 """Images to patch tokens, embedding only the visible patches."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.linear import linear
 from ..ops import gather_patches
 
 
@@ -24,4 +24,4 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """images [B, C, H, W] -> [B, N, D], or with packed rows `index` [P] of [B * N] -> [P, D]."""
         patches = gather_patches(images, index, (self.patch_size, self.patch_size))
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)

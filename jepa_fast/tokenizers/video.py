@@ -1,8 +1,8 @@
 """Clips to tubelet tokens, embedding only the visible tubelets."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.linear import linear
 from ..ops import gather_patches
 
 
@@ -29,7 +29,7 @@ class TubeletEmbed(nn.Module):
     def forward(self, clips: Tensor, index: Tensor | None = None) -> Tensor:
         """clips [B, C, T, H, W] -> [B, N, D], or with packed rows `index` [P] of [B * N] -> [P, D]."""
         tubelets = gather_patches(clips, index, self.proj.kernel_size)
-        return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)
 
     def frames(self, images: Tensor) -> Tensor:
         """images [B, C, H, W] -> [B, H / p * W / p, D]: each as the clip that repeats it for one tubelet.
@@ -37,4 +37,4 @@ class TubeletEmbed(nn.Module):
         The kernel's sum over time does that without the copies: the same products, added in another order.
         """
         patches = gather_patches(images, None, (self.patch_size, self.patch_size))
-        return F.linear(patches, self.proj.weight.sum(2).flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.sum(2).flatten(1), self.proj.bias)

@@ -77,7 +77,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 def load_into(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """load_state_dict that names the first difference, both shapes side by side, and cuts what is sharded."""
     own = module.state_dict()
-    check_same({name: value.shape for name, value in own.items()}, {name: value.shape for name, value in state.items()}, where)
+    check_same(*({name: value.shape for name, value in side.items()} for side in (own, state)), where)
     module.load_state_dict({name: cut(state[name], value) for name, value in own.items()})
 
 

@@ -28,7 +28,8 @@ class World:
 def start(device: str, timeout_s: float = 600.0) -> World:
     """Join the process group that torchrun describes (gloo on CPUs, nccl on GPUs), or be a world of one.
 
-    device: "auto", "cpu" or "cuda". From then on every rank ends when one dies; where one hangs, after timeout_s. Raises ValueError where the description is incomplete or the device is not there.
+    device: "auto", "cpu" or "cuda". From then on every rank ends when one dies, and after timeout_s where one hangs.
+    Raises ValueError where the description is incomplete or the device is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but PyTorch sees no GPU; use cpu or auto")
@@ -63,7 +64,7 @@ def stop() -> None:
 
 
 def give_up() -> None:
-    """After an error that was told: end the other ranks, and this process, whose threads may wait for ranks that are gone."""
+    """After an error that was told: end the other ranks, and this one, whose threads may wait for what is gone."""
     if _peers is not None:
         _peers.leave(failed=True)
         sys.stdout.flush()
@@ -94,8 +95,9 @@ def told(error: BaseException) -> str:
     if _peers is None or not (isinstance(error, dist.DistError) or "gloo" in text):
         return text
     time.sleep(3.0)
-    is_timeout = "imed out" in text or "imeout" in text
-    return f"a rank did not answer in time (train.timeout_s): it hangs, or its machine is gone: {text}" if is_timeout else text
+    if "imed out" not in text and "imeout" not in text:
+        return text
+    return f"a rank did not answer in time (train.timeout_s): it hangs, or its machine is gone: {text}"
 
 
 def barrier(world: World) -> None:

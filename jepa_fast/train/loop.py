@@ -35,7 +35,9 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
         run.start_from(pathlib.Path(config.start_from), objective, optimizer)
     num_steps = min(num_steps_of(horizon), config.max_steps or num_steps_of(horizon))
     take_step = TrainStep(recipe, objective, optimizer, horizon, world, model)
-    take_step = GraphedStep(take_step) if config.cuda_graphs else take_step
+    if config.cuda_graphs:
+        take_step = GraphedStep(take_step)
+        run.meters.recompilations.watch(lambda: take_step.num_captures)
     save_every = max(1, round(config.checkpoint_every * horizon.steps_per_epoch))
     run.start(step, num_steps)
     batches = recipe.data.batches(dataset, global_batch_size=config.batch_size, seed=config.seed, start_step=step,

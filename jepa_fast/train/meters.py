@@ -54,7 +54,7 @@ class Meters:
         self._energy = energy or EnergyCounter(world.device)
         self._marks: deque[tuple[int, object, Work]] = deque()
         self._durations: list[float] = []
-        self._waited_s, self._source = 0.0, None
+        self._waited_s, self._prefetcher = 0.0, None
         # steps up to the first log step start workers, compile and autotune: they count only where there are no others
         self._warmup: tuple[float, int, Work] | None = None
         self._steady = (0.0, 0, Work())
@@ -70,7 +70,8 @@ class Meters:
 
     def watch(self, batches) -> Iterator[dict]:
         """The batches, with the time that each is waited for; a prefetcher says itself how long that was (`waited_s`)."""
-        self._source, batches = batches, iter(batches)
+        self._prefetcher = batches if hasattr(batches, "waited_s") else None
+        batches = iter(batches)
         while True:
             begin = time.perf_counter()
             try:
@@ -83,7 +84,7 @@ class Meters:
             yield batch
 
     def _waited(self) -> float:
-        return getattr(self._source, "waited_s", self._waited_s)
+        return self._waited_s if self._prefetcher is None else self._prefetcher.waited_s
 
     def step(self, step: int, work: Work) -> None:
         """A step was launched."""
@@ -156,6 +157,7 @@ class Meters:
             "model_tflop_per_step": window[2].model_flops / max(window[1], 1) / 1e12,
             "model_tflop_per_s": window[2].model_flops / max(window[0], 1e-9) / 1e12,
             "peak_tflop_per_s": None if self.peak is None else self.peak / 1e12,
+            "padding_percent": 100 * window[2].padding_tokens / max(window[2].tokens, 1),
             "data_wait_percent": wait, "peak_memory_mib": memory,
             "energy_j": joules, "energy_j_per_sample": None if joules is None else joules / max(samples, 1),
             "energy": self._energy.reason or "of all ranks' devices, from NVML",
@@ -201,6 +203,8 @@ def device_name(device: torch.device) -> str:
 
 def describe(summary: dict, recipe: Recipe) -> list[str]:
     """The end of a run in words: one line, and one that says what to change where the device waited for data."""
+    if summary["last_step"] == summary["first_step"]:
+        return [f"{summary['recipe']}: no step was left at {summary['first_step']}"]
     noun = next(noun for noun in SHORT if noun in summary)
     parts = [f"{summary[f'{noun}_per_s']:.4g} {noun}/s",
              *([f"{summary['tokens_per_s']:.3g} tokens/s"] if "tokens_per_s" in summary else []),
@@ -209,6 +213,8 @@ def describe(summary: dict, recipe: Recipe) -> list[str]:
         parts.append(f"{summary['model_tflop_per_s']:.3g} TFLOP/s")
     else:
         parts.append(f"MFU {summary['mfu_percent']:.1f} %, HFU {summary['hfu_percent']:.1f} %")
+    if summary["padding_percent"]:
+        parts.append(f"{summary['padding_percent']:.1f} % padding")
     parts += [f"{summary['data_wait_percent']:.0f} % waiting for data", f"{summary['peak_memory_mib']:.0f} MiB"]
     if summary["energy_j"] is not None:
         parts.append(f"{summary['energy_j_per_sample']:.3g} J per {noun[:-1]}")

@@ -1,14 +1,15 @@
 """One objective on many ranks: DistributedDataParallel, FSDP2, or HSDP between them. The global batch's step, exactly.
 
-    shard_ranks   who holds the weights, their averages and the optimizer state      communication of a step
-    1             every rank (DDP)                                                   one all-reduce, during the backward pass
-    -1            all ranks together (FSDP2)                                         all-gathers and reduce-scatters, per block
-    S             groups of S ranks together, W / S groups (HSDP)                    the same within a group, all-reduce across
+    shard_ranks   who holds weights, averages and optimizer state    what a step sends
+    1             every rank (DDP)                                   an all-reduce of gradients, during the backward pass
+    -1            all ranks together (FSDP2)                         per block: all-gathers, one reduce-scatter of gradients
+    S             every S ranks together (HSDP)                      the same among the S, and an all-reduce across
 
 What a target encoder averages is cut as its source is, so that optimizer and moving average never communicate.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +32,8 @@ def parallelize(objective: nn.Module, recipe: Recipe, world: World) -> nn.Module
         return objective
     check_equal(objective)
     if shards > 1:
+        if getattr(recipe.data, "features", None):
+            objective.encoder_name()  # which reads the whole weights, once
         return shard(objective, shards, world, recipe.train.precision)
     # no gradient buckets and no broadcasts of a target encoder, nor of anything else that does not train
     still = [name for name, p in objective.named_parameters() if not p.requires_grad]
@@ -59,6 +62,8 @@ def shard(objective: nn.Module, shards: int, world: World, precision: str) -> nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # keys and values that a block returns are views; nothing here changes them in place
+    warnings.filterwarnings("ignore", ".*An in-place op on this view")
     replicas = world.size // shards
     shape, axes = ((shards,), ("shard",)) if replicas == 1 else ((replicas, shards), ("replicate", "shard"))
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=axes)

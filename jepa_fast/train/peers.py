@@ -66,7 +66,7 @@ class Peers:
     def _end(self, rank: int, said: bytes) -> None:
         # where the first rank is gone the second one says so
         if said == b"" and (self.rank == 0 or self.rank == 1):
-            print(f"\njepa-fast: error: rank {rank} died without a word (killed, or out of memory?); the run ends{self.advice}",
+            print(f"\njepa-fast: error: rank {rank} died without a word (killed, out of memory?); the run ends{self.advice}",
                   file=sys.stderr, flush=True)
         if self.rank == 0:
             self.leave(failed=True)

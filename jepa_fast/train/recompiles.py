@@ -1,6 +1,7 @@
 """Graphs that torch.compile or CUDA graphs make: after warm-up there should be no more."""
 
 import sys
+from collections.abc import Callable
 
 
 def num_compilations() -> int:
@@ -10,22 +11,23 @@ def num_compilations() -> int:
 
 
 class Recompilations:
-    """Counts what is compiled or captured after `warmed_up`.
-
-    `note()` counts one more by hand: for CUDA graphs, of which torch.compile knows nothing.
-    """
+    """Counts graphs that are compiled, or captured, after `warmed_up`."""
 
     def __init__(self):
-        self.num_captured = 0
+        self._counters: list[Callable[[], int]] = [num_compilations]
         self._before: int | None = None
 
-    def note(self) -> None:
-        self.num_captured += 1
+    def watch(self, counter: Callable[[], int]) -> None:
+        """Add what `counter` has counted: CUDA graphs, of which torch.compile knows nothing."""
+        self._counters.append(counter)
 
     def warmed_up(self) -> None:
         """From here on graphs count; what was made before is warm-up."""
-        self._before = num_compilations() + self.num_captured
+        self._before = self._total()
 
     @property
     def count(self) -> int:
-        return 0 if self._before is None else num_compilations() + self.num_captured - self._before
+        return 0 if self._before is None else self._total() - self._before
+
+    def _total(self) -> int:
+        return sum(counter() for counter in self._counters)

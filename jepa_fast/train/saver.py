@@ -64,7 +64,7 @@ class Saver:
         except BaseException as error:
             kept = f"; the previous checkpoint {self.path} is unchanged" if self.path.exists() else ""
             reason = " ".join(str(cause_of(error)).split())
-            raise checkpoint.CheckpointError(f"cannot save step {self._step} to {self.path.parent}: {reason}{kept}") from error
+            raise checkpoint.CheckpointError(f"cannot save step {self._step}: {reason}{kept}") from error
 
     def _publish(self, written: Future, folder: pathlib.Path) -> None:
         """Name the folder as the last checkpoint when it is whole; remove the others."""
