@@ -10,6 +10,7 @@ from jepa_fast.ops import matmul
 
 HAS_AMX = "cpp" in testing.OPS["matmul"].backends()
 INF, NAN = float("inf"), float("nan")
+NAN_OF_ONES = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding it carries into the sign
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="no AMX here, or the C++ extension was not built")
 
 
@@ -78,12 +79,12 @@ def test_all_24_bits_count():
 
 
 @needs_amx
-@pytest.mark.parametrize("value", [NAN, INF, -INF, 3.4e38, 1e20, -1e20])
+@pytest.mark.parametrize("value", [NAN, NAN_OF_ONES, INF, -INF, 3.4e38, 1e20, -1e20], ids=str)
 @pytest.mark.parametrize("which", ["a", "b", "bias"])
 def test_special_values(value, which):
     """Infinities, NaN and what might overflow on the way: PyTorch's own product, wherever they are."""
     arguments = {"a": draw(70, 40), "b": draw(40, 90, seed=1), "bias": draw(90, seed=2)}
-    arguments[which].view(-1)[-1] = value
+    arguments[which].view(-1)[-1] = value  # a tensor: Python's numbers do not keep which NaN it is
     out, expected = on_amx(**arguments), torch.addmm(arguments["bias"], arguments["a"], arguments["b"])
     torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
     assert torch.equal(out.isfinite(), expected.isfinite()) and torch.equal(out.isnan(), expected.isnan())

@@ -29,8 +29,8 @@ namespace {
 constexpr int kTile = 16;                             // rows of a tile, 64 bytes each
 constexpr int kDepth = 32;                            // of k in a tile of bfloat16
 constexpr int kPanel = 2 * kTile;                     // rows of a, and columns of b, multiplied at once
-constexpr int64_t kMaxChunk = 384;       // of k in one sum
-constexpr int64_t kResidentSteps = 200;  // Steps of the smaller operand that stay in the cache: 1.2 MB
+constexpr int64_t kMaxChunk = 512;                    // of k in one sum
+constexpr int64_t kResidentSteps = 200;               // Steps of the smaller operand that stay in the cache: 1.2 MB
 constexpr uint16_t kSmallest = (127 - 50) << 7, kLargest = (127 + 50) << 7;  // 2^-50 and 2^50 in bfloat16
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
