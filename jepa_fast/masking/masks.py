@@ -237,7 +237,10 @@ class PackedMasks:
             num_contexts=sum(m.num_contexts for m in batches), num_targets=sum(m.num_targets for m in batches))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedMasks:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """On a device; non_blocking goes through page-locked memory, from which the host does not wait for the copy."""
+        is_pinned = non_blocking and torch.device(device).type == "cuda" and self.context_idx.device.type == "cpu"
+        masks = self.pin_memory() if is_pinned else self
+        return masks._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedMasks:
         return self._map(Tensor.pin_memory)
