@@ -30,8 +30,12 @@ TOLERANCE = 1e-9  # float64, of the largest entry: sums in another order, and wh
 
 def small(name: str, **train_changes) -> recipes.Recipe:
     recipe = shrink(recipes.get_recipe(name))
+    objective = recipe.objective
+    if hasattr(objective, "predictor"):
+        shallow = {part: dataclasses.replace(getattr(objective, part), depth=1) for part in ("encoder", "predictor")}
+        objective = dataclasses.replace(objective, **shallow)
     return dataclasses.replace(
-        recipe, optim=dataclasses.replace(recipe.optim, clip_grad=0.5, clip_from_epoch=0.0),
+        recipe, objective=objective, optim=dataclasses.replace(recipe.optim, clip_grad=0.5, clip_from_epoch=0.0),
         train=dataclasses.replace(recipe.train, **{"steps_per_epoch": 2, "epochs": 3.0, **train_changes}))
 
 
