@@ -87,9 +87,12 @@ def default_providers(has_official: bool, is_cuda: bool) -> tuple[str, ...]:
 def describe(task: work.Work, arguments: Arguments, plan: run.Plan, ceilings: dict, rows: list[dict],
              left_out: dict[str, str]) -> dict:
     train, device = task.recipe.train, task.device
-    asked, ours = run.flops(task, range(min(task.num_steps, 8)))
+    first = run.CHECKED_STEPS + plan.warmup
+    asked, ours = run.flops(task, range(first, first + min(plan.rounds * plan.steps, 8)))
     for row in rows:
-        if row["provider"] in ("ours", "ours+fp8"):
+        if "flops" in row:  # counted in the last step; others have other masks
+            row["flops"] *= asked / run.flops(task, [task.num_steps - 1])[0]
+        elif row["provider"] in ("ours", "ours+fp8"):
             row["flops"] = ours
     peak, peak_is = run.peak_of(device, train.precision, ceilings)
     is_cuda = device.type == "cuda"
