@@ -23,7 +23,7 @@ MANNERS = {"ops": ("ops", "all"), "ops, lean": ("ops", "lean"), "ops, checkpoint
 
 
 def bench_blocks(device: str = "cpu", precision: str = "bf16", repeats: int = 7, only: str = "",
-                 max_tokens: int | None = None) -> list[dict]:
+                 max_tokens: int | None = None, manners: dict[str, tuple[str, str]] = MANNERS) -> list[dict]:
     """Rows per shape and manner: ms of forward and backward, of forward alone without gradients, bytes kept per token."""
     rows = []
     for name, (dim, heads, length, count) in SHAPES.items():
@@ -35,7 +35,7 @@ def bench_blocks(device: str = "cpu", precision: str = "bf16", repeats: int = 7,
             use_copies_(block, {p: p.detach().bfloat16() for p in block.parameters()})
         x = torch.randn(count * length, dim, device=device, requires_grad=True)
         sequences = Sequences.uniform(count, length, torch.device(device))
-        calls = {manner: _Calls(block, x, sequences, precision, *how) for manner, how in MANNERS.items()}
+        calls = {manner: _Calls(block, x, sequences, precision, *how) for manner, how in manners.items()}
         agree({manner: call.train() for manner, call in calls.items()}, 1e-4 if precision == "fp32" else 2e-2)
         trained = interleaved({manner: call.train for manner, call in calls.items()}, repeats=repeats)
         forward = interleaved({manner: call.forward for manner, call in calls.items()}, repeats=repeats)

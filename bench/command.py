@@ -17,7 +17,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    what: Annotated[Literal["ops", "video-memory", "plan"], tyro.conf.Positional]
+    what: Annotated[Literal["ops", "blocks", "video-memory", "plan"], tyro.conf.Positional]
     repeats: int = 5                       # rounds over all providers
     only: str = ""                         # benches whose name contains this
     out: pathlib.Path | None = None        # also write the rows as JSON here
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
         bench_scale(argv[1:])
         return
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
-    measure_rows = {"ops": ops_rows, "video-memory": video_memory_rows, "plan": plan_rows}[arguments.what]
+    measure_rows = {"ops": ops_rows, "blocks": blocks_rows, "video-memory": video_memory_rows,
+                    "plan": plan_rows}[arguments.what]
     rows = measure_rows(arguments)
     where = provenance()
     print(table(rows, f"{arguments.what} · {where['device']} · torch {where['torch']} · commit {where['commit']}"))
@@ -55,6 +56,14 @@ def ops_rows(arguments: Arguments) -> list[dict]:
         if arguments.only in bench.name:
             rows += measure(bench, arguments.repeats)
     return rows
+
+
+def blocks_rows(arguments: Arguments) -> list[dict]:
+    from .blocks import bench_blocks
+
+    if torch.cuda.is_available():
+        return bench_blocks("cuda", "bf16", arguments.repeats, arguments.only)
+    return bench_blocks("cpu", "fp32", arguments.repeats, arguments.only, max_tokens=2000)
 
 
 def video_memory_rows(arguments: Arguments) -> list[dict]:

@@ -243,3 +243,22 @@ def sweep(arguments: argparse.Namespace) -> None:
 def page(arguments: argparse.Namespace) -> None:
     from .gpu_page import write
     write(arguments.out)
+
+
+def blocks(arguments: argparse.Namespace) -> None:
+    """Blocks by our ops and by torch.compile at the official widths; DIR/block_table.json names the faster ones."""
+    from jepa_fast.train.step import architecture
+
+    from .blocks import MANNERS, SHAPES, bench_blocks, write_table
+
+    rows = Rows(arguments.out / "blocks.jsonl")
+    if arguments.rehearse:  # without the compiler, which takes longer than all the rest
+        manners = {name: how for name, how in MANNERS.items() if how[0] == "ops"}
+        rows.measure("rehearsal", lambda: {"rows": bench_blocks(only="predictor", repeats=1, max_tokens=600, manners=manners)})
+        return
+    for name in SHAPES:
+        def measured(name: str = name) -> dict:
+            found = bench_blocks("cuda", "bf16", only=name)
+            write_table(found, architecture(torch.device("cuda")), arguments.out / "block_table.json")
+            return {"rows": found}
+        rows.measure(name, measured)

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of at most nine minutes that works offline:
 
-    python -m bench.on_gpu --out DIR            build, ceilings, prove, time, sweep, sanitize, page
+    python -m bench.on_gpu --out DIR            build, ceilings, prove, time, sweep, blocks, sanitize, page
     python -m bench.on_gpu --out DIR --stages step page [--official CHECKOUTS]   whole steps at official sizes, nine more
     python -m bench.on_gpu --out DIR --rehearse the same script on the CPU with little to do, to see that it runs
 
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
-LIMIT_S = {"build": 110, "ceilings": 30, "prove": 130, "time": 110, "sweep": 80, "sanitize": 40}
+LIMIT_S = {"build": 110, "ceilings": 30, "prove": 130, "time": 110, "sweep": 80, "blocks": 60, "sanitize": 40}
 STEP_LIMIT_S = 530  # of a call; the next one goes on with the recipes that are left
 WORKERS = 14   # of the proofs: they share the GPU, and compiling is what takes their time
 PART = 6       # cases that one of them proves

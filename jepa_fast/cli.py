@@ -24,7 +24,7 @@ USAGE = """usage: jepa-fast COMMAND ...
   bench step --config RECIPE [--official PATH]
                                               whole steps: the authors' code, tuned PyTorch, ours, in one run
   bench scale --config RECIPE --from FILE     what that step would be on 1 to 1,024 GPUs, on paper
-  bench ops | video-memory | plan             ratios against plain PyTorch, measured in one run
+  bench ops | blocks | video-memory | plan    ratios against plain PyTorch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 
