@@ -254,7 +254,8 @@ def blocks(arguments: argparse.Namespace) -> None:
     rows = Rows(arguments.out / "blocks.jsonl")
     if arguments.rehearse:  # without the compiler, which takes longer than all the rest
         manners = {name: how for name, how in MANNERS.items() if how[0] == "ops"}
-        rows.measure("rehearsal", lambda: {"rows": bench_blocks(only="predictor", repeats=1, max_tokens=600, manners=manners)})
+        rows.measure("rehearsal", lambda: {"rows": bench_blocks(only="predictor", repeats=1, max_tokens=600,
+                                                                manners=manners)})
         return
     for name in SHAPES:
         def measured(name: str = name) -> dict:

@@ -79,6 +79,8 @@ def compiled(name: str, dtypes=(torch.float32, torch.bfloat16), call: Callable |
     if COMPILED_MISSING:
         return Missing(COMPILED_MISSING)
     raw = torch.ops.jepa_fast_C
+    if not hasattr(raw, name):
+        return Missing("the C++ extension was built from older sources: build it again")
     function = functools.partial(call, raw) if call else getattr(raw, name)
     return Implementation(function, ("cpu",), _only(dtypes, "C++", supports), slower)
 

@@ -44,21 +44,26 @@ def start(device: str, timeout_s: float = 600.0) -> World:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {size} but {', '.join(missing)} not set: start the processes with torchrun")
+    global _peers
+    timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        global _peers
-        timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group("nccl" if use_cuda else "gloo", device_id=where if use_cuda else None, timeout=timeout)
+    if _peers is None:
         side = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else dist.group.WORLD
         _peers = Peers(dist.get_rank(), dist.get_world_size(), os.environ["MASTER_ADDR"], side)
     return World(dist.get_rank(), dist.get_world_size(), where)
 
 
-def stop() -> None:
-    """Leave the others in good order."""
+def leave() -> None:
+    """The work of this rank is done: its end is no longer the end of the others, nor theirs of it."""
     global _peers
     if _peers is not None:
         _peers.leave()
         _peers = None
+
+
+def stop() -> None:
+    leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 

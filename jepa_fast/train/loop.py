@@ -57,8 +57,11 @@ def train(recipe: Recipe, folder: pathlib.Path, *, resume: bool = False) -> Run:
                     raise Preempted(f"stopped by a signal after step {step}, saved in {run.checkpoint_path}; go on with: "
                                     f"{run.how_to_resume()}")
         run.finish()
+        distributed.leave()
     finally:
         run.close()
+        if hasattr(batches, "close"):
+            batches.close()
     return run
 
 
