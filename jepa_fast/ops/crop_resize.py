@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import crop_resize as reference
-from ._backends import compiled, triton
+from ._backends import Missing, compiled, triton
 from ._define import define
 
 # of a pixel: what the rounding of a scaled box may reach beyond its image
@@ -45,6 +45,7 @@ define("crop_resize(Tensor images, Tensor? layout, Tensor boxes, Tensor image_in
        plain=reference.crop_resize,
        cpp=compiled("crop_resize", (torch.float32,), _native, supports=_supports),
        triton=triton("crop_resize", (torch.float32,), supports=_supports),
+       cuda=Missing("not written: bound by memory, which Triton's version reads once"),
        check=_check_values)
 
 
