@@ -49,8 +49,9 @@ def _cpp_backward(raw, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_
 def _rotated(function):
     """A forward without rotary positions, on q and k turned before."""
     def forward(*args):
-        *raw, q, k, v, cu_q, cu_k, max_q, max_k, scale, rotary_q, rotary_k, _ = args
-        return function(*raw, _turn(q, rotary_q), _turn(k, rotary_k), v, cu_q, cu_k, max_q, max_k, scale)
+        *raw, q, k, v, cu_q, cu_k, max_q, max_k, scale, rotary_q, rotary_k, frame_size = args
+        frames = {"frame_size": frame_size} if frame_size else {}
+        return function(*raw, _turn(q, rotary_q), _turn(k, rotary_k), v, cu_q, cu_k, max_q, max_k, scale, **frames)
     return forward
 
 
@@ -58,9 +59,10 @@ def _rotated_backward(function):
     """A backward without rotary positions, on q and k turned before; its dq and dk turned back."""
     @torch.no_grad()
     def backward(*args, into=None):
-        *raw, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, rotary_q, rotary_k, _ = args
+        *raw, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, rotary_q, rotary_k, frame_size = args
+        frames = {"frame_size": frame_size} if frame_size else {}
         grads = function(*raw, grad, _turn(q, rotary_q), _turn(k, rotary_k), v, out, lse, cu_q, cu_k, max_q, max_k, scale,
-                         into)
+                         into, **frames)
         for t, rotary in zip(grads, (rotary_q, rotary_k), strict=False):
             if rotary is not None:
                 _turn(t, reference.transposed(rotary), into=t)

@@ -1,8 +1,9 @@
 """Others' attention on a GPU behind `varlen_attention`: PyTorch's own, flash-attn, xformers.
 
-Same arguments and results as the op without rotary positions and frames; all three are FlashAttention 2 (arXiv:2307.08691),
-whose lse is [H, P] as ours, but +inf where a query has no key. None has been timed against ours here yet, so the automatic
-choice passes over them: `bench/on_gpu` times them, `use_backend` asks for one by name.
+Same arguments and results as the op without rotary positions, and without frames but for PyTorch's on a CPU; all three are
+FlashAttention 2 (arXiv:2307.08691), whose lse is [H, P] as ours, but +inf where a query has no key. None has been timed
+against ours on a GPU yet, so the automatic choice passes over them there: `bench/on_gpu` times them, `use_backend` asks for
+one by name.
 """
 
 import importlib
@@ -35,11 +36,14 @@ def backends(adapt: Callable, is_backward: bool) -> dict[str, Implementation]:
 
 
 def _supports(*args) -> str | None:
-    t = args[0]
-    if args[-1]:
-        return f"no version here with frame_size {args[-1]}"
+    t, frame_size = args[0], args[-1]
     if not t.is_cuda:
-        return None
+        # a query that sees no key is NaN there
+        lengths = [arg.diff() for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.int32]
+        is_short = frame_size and bool((lengths[-1] < lengths[0]).any())
+        return f"no version with frame_size {frame_size} and fewer keys than queries" if is_short else None
+    if frame_size:
+        return f"no version here with frame_size {frame_size}"
     if t.dtype not in _HALF:
         return f"no version for {str(t.dtype).removeprefix('torch.')}"
     if t.shape[-1] % 8:

@@ -38,12 +38,23 @@ def _batched_lse(lse: Tensor, rows: slice, count: int) -> Tensor:
     return lse[:, rows].unflatten(1, (count, -1)).transpose(0, 1)
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def _frame_mask(rows: slice, keys: slice, count: int, frame_size: int, dtype: torch.dtype) -> Tensor | None:
+    """[n_q, n_k] to be added to the scores: 0 where a query sees a key, else -inf."""
+    if not frame_size:
+        return None
+    num_q, num_k = ((part.stop - part.start) // count for part in (rows, keys))
+    frame_of_q = torch.div(torch.arange(num_q) + num_k - num_q, frame_size, rounding_mode="floor").unsqueeze(1)
+    is_hidden = torch.arange(num_k) // frame_size > frame_of_q
+    return torch.zeros(num_q, num_k, dtype=dtype).masked_fill_(is_hidden, -torch.inf)
+
+
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, frame_size=0):
     q, k, v = (whole_rows(t) for t in (q, k, v))
 
     def attend(rows, keys, count):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _batched(q, rows, count), _batched(k, keys, count), _batched(v, keys, count), scale=scale)
+            _batched(q, rows, count), _batched(k, keys, count), _batched(v, keys, count), scale=scale,
+            attn_mask=_frame_mask(rows, keys, count, frame_size, q.dtype))
 
     runs = list(_runs(cu_seqlens_q, cu_seqlens_k))
     lse = empty_lse(q).fill_(-torch.inf)
@@ -60,7 +71,8 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sca
 
 
 @torch.no_grad()  # the gradient of the gradient is not known
-def backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None):
+def backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, into=None,
+             frame_size=0):
     grad, q, k, v, out = (whole_rows(t) for t in (grad, q, k, v, out))
     runs = list(_runs(cu_seqlens_q, cu_seqlens_k))
     is_whole = len(runs) == 1 and runs[0][:2] == (slice(0, q.shape[0]), slice(0, k.shape[0]))
@@ -69,7 +81,8 @@ def backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, 
     for rows, keys, count in runs:
         inputs = [_batched(t, part, count) for t, part in ((grad, rows), (q, rows), (k, keys), (v, keys), (out, rows))]
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, _batched_lse(lse, rows, count), 0.0, False, scale=scale)
+            *inputs, _batched_lse(lse, rows, count), 0.0, False, scale=scale,
+            attn_mask=_frame_mask(rows, keys, count, frame_size, q.dtype))
         if into is None:
             return tuple(g.transpose(1, 2).flatten(0, 1) for g in grads)
         for t, part, g in zip(into, (rows, keys, keys), grads, strict=True):
