@@ -1,4 +1,6 @@
-"""Write the tables of results into the README:  python -m bench.report
+"""Write the tables of results:  python -m bench.report
+
+Demos, whole steps and GPUs into the README, everything else into bench/results/tables.md.
 
 Reads bench/results/*.json, bench/results/step/*/*/result.json and bench/results/gpu/*/; no number in those tables is typed
 by hand.
@@ -31,10 +33,6 @@ def bench_table() -> str:
     return "\n".join(parts)
 
 
-def bench_tables() -> str:
-    return "\n".join(filter(None, (bench_table(), step_table())))
-
-
 def step_table() -> str:
     """Whole steps: bench/results/step/<device>/<case>/result.json."""
     from .step.page import ratios
@@ -44,13 +42,14 @@ def step_table() -> str:
     for path in sorted([*results.glob("step/*/*/result.json"), *results.glob("gpu/*/step/*/result.json")]):
         result = json.loads(path.read_text())
         where, official = result["provenance"], result["official_commit"]
+        peak = "PyTorch's product of this run" if result["device"] == "cpu" else result["peak_is"]
         lines = [(row["provider"], f"{row['ms']:.0f} ({row['p20_ms']:.0f} – {row['p80_ms']:.0f})",
                   f"{row['samples_per_s']:.2f}", *(_cell(row[key], ".2f") for key in ("x_official", "x_tuned")),
                   *(_cell(row[key] and 100 * row[key], ".0f") for key in ("mfu", "hfu")), row.get("launches", ""),
                   f"{row['peak_bytes'] / 1e6:.0f}") for row in ratios(result)]
         parts.append(f"step {result['case']}: {where['device']}, torch {where['torch']}, commit {where['commit']}"
-                     f"{f', official at {official}' if official else ''}; MFU of {result['peak_is']} "
-                     f"({result['peak_flop_per_s'] / 1e12:.2f} TFLOP/s)\n")
+                     f"{f', official at {official}' if official else ''}; MFU against "
+                     f"{result['peak_flop_per_s'] / 1e12:.2f} TFLOP/s, {peak}\n")
         operators = "operators" if result["device"] == "cpu" else "launches"
         parts.append(markdown(("code", "ms (p20 – p80)", "samples/s", "× official", "× tuned", "MFU %", "HFU %", operators,
                                "peak MB"), lines))
@@ -103,9 +102,11 @@ def put(text: str, name: str, table: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo_table), ("bench", bench_tables), ("gpu", gpu_table)):
+    for name, table in (("demo", demo_table), ("steps", step_table), ("gpu", gpu_table)):
         text = put(text, name, table())
     readme.write_text(text)
+    (ROOT / "bench/results/tables.md").write_text("# Ops, masks, planning, memory\n\nMeasured in one run each; "
+                                                  "`× faster` than the first line of a case.\n\n" + bench_table())
 
 
 if __name__ == "__main__":
