@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of at most nine minutes that works offline:
+"""Everything that needs a GPU, in one command of less than ten minutes that works offline:
 
     python -m bench.on_gpu --out DIR            build, ceilings, prove, time, sweep, blocks, sanitize, page
     python -m bench.on_gpu --out DIR --stages step page [--official CHECKOUTS]   whole steps at official sizes, nine more

@@ -23,7 +23,7 @@ from . import colors
 from .draws import Draws
 from .pixels import gaussian_blur, to_pil
 from .seeds import generator_for
-from .transforms import IMAGENET_MEAN, IMAGENET_STD, RATIO, IjepaTransform, MultiCrop, check_ranges, check_sizes
+from .transforms import IMAGENET_MEAN, IMAGENET_STD, IjepaTransform, MultiCrop, Views, check_ranges, check_sizes
 
 # boxes tried before the largest centred one is taken, as RandomResizedCrop does
 _TRIES = 10
@@ -46,7 +46,7 @@ def pack_whole(samples: list[Whole]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceMultiCrop:
+class DeviceMultiCrop(Views):
     """Global views, then local ones: MultiCrop's, made on the device. The defaults are the README of LeJEPA.
 
     Boxes are drawn as RandomResizedCrop draws them, in whole pixels of the original. Pixels are not rounded to levels
@@ -54,14 +54,6 @@ class DeviceMultiCrop:
     per image). All is a function of (images, seed, step, row of the global batch): ranks and resumed runs agree.
     """
 
-    num_global: int = 2                                     # views
-    num_local: int = 6
-    global_size: int = 224                                  # pixels
-    local_size: int = 98
-    global_scale: tuple[float, float] = (0.3, 1.0)          # area, fraction of the image
-    local_scale: tuple[float, float] = (0.05, 0.3)
-    crop_ratio: tuple[float, float] = RATIO                 # width / height
-    flip_prob: float = 0.5
     jitter_prob: float = 0.8                                # of the four that follow, together
     brightness: float = 0.4                                 # factors in 1 +- strength
     contrast: float = 0.4

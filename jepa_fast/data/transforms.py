@@ -126,11 +126,8 @@ class IjepaTransform:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiCrop:
-    """Global views, then local ones, all with the same colours.  The defaults are the README of LeJEPA.
-
-    arXiv:2511.08544. The README gives no blur kernel and sigma; here they are MINIMAL.md's.
-    """
+class Views:
+    """How many views of an image there are, and which part of it each shows."""
 
     num_global: int = 2                                     # views
     num_local: int = 6
@@ -140,6 +137,15 @@ class MultiCrop:
     local_scale: tuple[float, float] = (0.05, 0.3)
     crop_ratio: tuple[float, float] = RATIO                 # width / height
     flip_prob: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCrop(Views):
+    """Global views, then local ones, all with the same colours.  The defaults are the README of LeJEPA.
+
+    arXiv:2511.08544. The README gives no blur kernel and sigma; here they are MINIMAL.md's.
+    """
+
     flip_last: bool = False                                 # after all else instead of after the crop
     jitter_prob: float = 0.8
     brightness: float = 0.4                                 # strengths, see color_jitter

@@ -13,7 +13,7 @@ activations, the bytes kept per token and layer of width D in bfloat16 with a fl
     "lean"        24 D    x, qkv, a, x1, u: both normalised rows and gelu are computed again, elementwise passes only
     "checkpoint"   4 D    x: the whole forward pass is computed again
 
-All three give the same bits. Recomputation of normalised rows instead of keeping them: arXiv:2205.05198, section 4.
+All three give the same bits. Computing again what is cheap, instead of keeping it: arXiv:2205.05198.
 """
 
 from typing import Literal, NamedTuple
