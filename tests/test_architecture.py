@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "recipes": {"objectives", "models", "nn", "optim", "masking", "data"},
     "eval": {"recipes", "objectives", "models", "masking", "data", "info", "train", "planning"},
     "checkpoints": {"recipes", "models", "nn", "train"},
+    "drop_in": {"ops", "nn", "masking"},
+    "patches": {"ops", "nn", "optim", "masking", "drop_in"},
     "train": {"recipes", "objectives", "models", "nn", "optim", "data", "eval"},
     "info": {"ops"},
     "cli": {"train", "recipes", "eval", "ops", "info", "checkpoints"},
@@ -99,6 +101,8 @@ def test_importing_touches_nothing():
     """No CUDA start-up, no random numbers, no output, no triton, no thread-count change."""
     code = ("import torch; state = torch.get_rng_state(); threads = torch.get_num_threads();"
             "import jepa_fast, jepa_fast.cli, jepa_fast.ops, jepa_fast.recipes, jepa_fast.train.loop, sys;"
+            "[getattr(jepa_fast.patches, name) for name in jepa_fast.patches._names()];"
+            "assert not {'transformers', 'timm', 'lightly'} & sys.modules.keys();"
             "jepa_fast.recipes.all_recipes();"
             "assert torch.equal(state, torch.get_rng_state()); assert threads == torch.get_num_threads();"
             "assert not torch.cuda.is_initialized(); assert 'matplotlib' not in sys.modules;"

@@ -1,0 +1,139 @@
+"""A pre-norm transformer block of another code base, computed as one of ours.
+
+Its modules stay where they are and keep their parameters; only the arithmetic is `nn.block_function.block`. Where that
+would not be the same (hooks on inner modules, dropout that drops, weights that are no plain Linear, tracing and
+compilation), the block's own code runs.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..nn.block_function import BlockWeights, How, block
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class BlockParts(NamedTuple):
+    """x + scale1 proj(attention(qkv(norm1(x)))), then x + scale2 fc2(gelu(fc1(norm2(x))))."""
+
+    norm1: nn.LayerNorm
+    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value
+    proj: nn.Linear
+    norm2: nn.LayerNorm
+    fc1: nn.Linear
+    act: nn.Module
+    fc2: nn.Linear
+    num_heads: int
+    drop_path1: nn.Module | None = None     # stochastic depth, a module; drawn by itself, so that the numbers are the same
+    drop_path2: nn.Module | None = None
+    dropouts: tuple[nn.Module, ...] = ()    # that must not drop
+    scale1: Tensor | None = None            # [D], LayerScale of a branch
+    scale2: Tensor | None = None
+
+
+def why_never(parts: BlockParts) -> str | None:
+    """Why a block cannot be computed as ours, whatever comes in; None where it can."""
+    for name, layer in (("qkv", parts.qkv[0]), ("qkv", parts.qkv[-1]), ("proj", parts.proj), ("fc1", parts.fc1),
+                        ("fc2", parts.fc2)):
+        if type(layer) is not nn.Linear:
+            return f"{name} is a {type(layer).__name__}, no plain Linear"
+    for norm in (parts.norm1, parts.norm2):
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            return f"its norm is {type(norm).__name__}, no LayerNorm with weight and bias"
+    if parts.norm1.eps != parts.norm2.eps:
+        return f"its two norms have eps {parts.norm1.eps} and {parts.norm2.eps}"
+    if not is_exact_gelu(parts.act):
+        return f"its activation is {type(parts.act).__name__}, no exact GELU"
+    head_dim = parts.proj.in_features / parts.num_heads
+    if parts.proj.in_features != parts.proj.out_features or head_dim % 1 or head_dim > 256:
+        return f"its heads are {head_dim:g} wide, of {parts.proj.in_features} into {parts.proj.out_features}"
+    return None
+
+
+def is_exact_gelu(act) -> bool:
+    """nn.GELU() of any code base, not its approximations."""
+    if isinstance(act, nn.GELU):
+        return act.approximate == "none"
+    return act is F.gelu or getattr(act, "act", None) is F.gelu  # Hugging Face's GELUActivation
+
+
+def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
+    """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return "it is being compiled, traced or transformed"
+    if x.dim() != 3 or x.dtype not in _FLOATS:
+        return f"x is {list(x.shape)} {x.dtype}"
+    if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
+        return f"x is {x.dtype}, its weights {parts.proj.weight.dtype}"
+    if any(dropout.p > 0 and dropout.training for dropout in parts.dropouts):
+        return "its dropout drops"
+    if has_inner_hooks(owner):
+        return "its parts have hooks"
+    return why_never(parts)
+
+
+def has_inner_hooks(owner: nn.Module) -> bool:
+    """Whether a part of a module would miss its hooks, or a forward of its own, if it were not called."""
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
+        return True
+    return any(part is not owner and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+                                      or part._backward_pre_hooks or _is_wrapped(part)) for part in owner.modules())
+
+
+def _is_wrapped(part: nn.Module) -> bool:
+    forward = vars(part).get("forward")
+    return forward is not None and not getattr(forward, "is_of_jepa_fast", False)
+
+
+def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
+    """x [B, N, D] -> [B, N, D]. rotary [B * N, 2, R] and frame_size as `ops.varlen_attention` takes them."""
+    B, N, D = x.shape
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    weights = _weights(parts)
+    copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
+    how = How(cu_seqlens(B, N, x.device), N, rotary, frame_size, parts.num_heads, parts.norm1.eps, dtype, "all",
+              _row_scale(parts.drop_path1, x, dtype), _row_scale(parts.drop_path2, x, dtype))
+    return block(x.reshape(B * N, D), weights, copies, how).view(B, N, D)
+
+
+_IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")
+
+
+def _weights(parts: BlockParts) -> BlockWeights:
+    """The parameters, those of separate projections side by side; a missing bias is 0, a LayerScale in the weights."""
+    def scaled(layer: nn.Linear, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight, bias = layer.weight, _bias(layer)
+        return (weight, bias) if scale is None else (weight * scale.unsqueeze(1), bias * scale)
+
+    if len(parts.qkv) == 1:
+        qkv_weight, qkv_bias = parts.qkv[0].weight, _bias(parts.qkv[0])
+    else:
+        qkv_weight, qkv_bias = torch.cat([layer.weight for layer in parts.qkv]), torch.cat(list(map(_bias, parts.qkv)))
+    return BlockWeights(parts.norm1.weight, parts.norm1.bias, qkv_weight, qkv_bias, *scaled(parts.proj, parts.scale1),
+                        parts.norm2.weight, parts.norm2.bias, parts.fc1.weight, _bias(parts.fc1),
+                        *scaled(parts.fc2, parts.scale2))
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+
+
+def _row_scale(drop_path: nn.Module | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What stochastic depth multiplies each row by [B * N, 1]; None where it leaves a branch alone."""
+    if drop_path is None or isinstance(drop_path, nn.Identity) or not drop_path.training:
+        return None
+    scale = drop_path(x.new_ones(x.shape[0], 1, 1, dtype=dtype))  # draws what it would for a branch of this dtype
+    return scale.expand(-1, x.shape[1], 1).reshape(-1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def cu_seqlens(num_sequences: int, length: int, device: torch.device) -> Tensor:
+    """[B + 1] int32 of sequences of one length."""
+    with torch.inference_mode(False):  # kept from call to call: of training, too
+        return torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length
