@@ -151,7 +151,7 @@ class Report:
 
 
 def check_signature(function: Callable, expected: Callable, where: str) -> None:
-    """Refuse a function whose parameters (kinds, names, defaults) are not those of `expected`, a lambda that is not called."""
+    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`."""
     found, wanted = (inspect.signature(f).parameters.values() for f in (function, expected))
     if [(p.kind, p.name, p.default) for p in found] != [(p.kind, p.name, p.default) for p in wanted]:
         raise PatchError(f"{where} must take {inspect.signature(expected)} for this patch, takes "
