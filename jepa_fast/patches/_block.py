@@ -17,6 +17,8 @@ from torch.nn.modules import module as nn_module
 from ..nn.block_function import BlockWeights, How, block
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
+MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
 
 
 class BlockParts(NamedTuple):
@@ -91,6 +93,16 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """In which F.linear would compute."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def gains(x: Tensor) -> bool:
+    """Whether a block of x [B, N, D] is large enough to be faster; measured on a CPU, and taken to be on a GPU."""
+    if x.device.type != "cpu" or x.dim() != 3:
+        return True
+    tokens = x.shape[0] * x.shape[1]
+    is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
+    return (tokens >= (MIN_TOKENS_HALF if is_half else MIN_TOKENS)
+            and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
 
 
 def has_inner_hooks(owner: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import gather_tokens, varlen_attention_qkv
-from ._block import BlockParts, cu_seqlens, has_inner_hooks, is_transformed, run_block, why_never, why_not_now
+from ._block import BlockParts, cu_seqlens, gains, has_inner_hooks, is_transformed, run_block, why_never, why_not_now
 from ._report import Report, check_signature
 
 # class -> its module, and what its forward must take
@@ -70,8 +70,9 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
             report.replace_method(types[name], "forward", function, model)
         if model is not None:
             _say_what_is_kept(report, model)
-        report.note("timm's code runs under torch.compile, torch.fx and torch.jit.trace, and where parts have hooks, drop "
-                    "or get a mask; torch.jit.script and second derivatives need undo()")
+        report.note("timm's code runs under torch.compile, torch.export, torch.fx and torch.jit, where parts have hooks, drop "
+                    "or get a mask, and on CPUs for few tokens, where it is faster; GPUs: not measured")
+        report.note("a fused block has no second derivative: undo() before create_graph=True")
     return report
 
 
@@ -90,7 +91,7 @@ def _say_what_is_kept(report: Report, model: nn.Module) -> None:
 
 
 def fast_block(original, self, x, attn_mask=None, is_causal=False):
-    if attn_mask is None and not is_causal and not is_transformed(x):
+    if _is_plain(x, attn_mask, is_causal):
         parts = block_parts(self)
         if not isinstance(parts, str) and why_not_now(self, parts, x) is None:
             return run_block(x, parts)
@@ -98,7 +99,7 @@ def fast_block(original, self, x, attn_mask=None, is_causal=False):
 
 
 def fast_eva_block(tables, original, self, x, rope=None, attn_mask=None, is_causal=False):
-    if attn_mask is None and not is_causal and not is_transformed(x) and is_constant(rope, x):
+    if _is_plain(x, attn_mask, is_causal) and is_constant(rope, x):
         parts = block_parts(self, rope is not None)
         if not isinstance(parts, str) and why_not_now(self, parts, x) is None:
             return run_block(x, parts, tables.of(rope, self.attn, x))
@@ -106,16 +107,19 @@ def fast_eva_block(tables, original, self, x, rope=None, attn_mask=None, is_caus
 
 
 def fast_attention(original, self, x, attn_mask=None, is_causal=False):
-    if attn_mask is None and not is_causal and not is_transformed(x) and why_not_attend(self, x) is None:
+    if _is_plain(x, attn_mask, is_causal) and why_not_attend(self, x) is None:
         return attend(self, x)
     return original(self, x, attn_mask=attn_mask, is_causal=is_causal)
 
 
 def fast_rope_attention(tables, original, self, x, rope=None, attn_mask=None, is_causal=False):
-    if (attn_mask is None and not is_causal and not is_transformed(x) and is_constant(rope, x)
-            and why_not_attend(self, x) is None):
+    if _is_plain(x, attn_mask, is_causal) and is_constant(rope, x) and why_not_attend(self, x) is None:
         return attend(self, x, tables.of(rope, self, x))
     return original(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+
+
+def _is_plain(x, attn_mask, is_causal) -> bool:
+    return attn_mask is None and not is_causal and not is_transformed(x) and gains(x)
 
 
 def block_parts(block: nn.Module, rotates: bool = False) -> BlockParts | str:
@@ -263,7 +267,7 @@ def fast_patch_dropout_with_indices(original, self, x):
 
 
 def _drops_otherwise(self: nn.Module, x: Tensor) -> bool:
-    return not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in _FLOATS
+    return not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in _FLOATS or not gains(x)
 
 
 def drop_patches(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
