@@ -70,8 +70,8 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
             report.replace_method(types[name], "forward", function, model)
         if model is not None:
             _say_what_is_kept(report, model)
-        report.note("timm's code runs under torch.compile, torch.export, torch.fx and torch.jit, where parts have hooks, drop "
-                    "or get a mask, and on CPUs for few tokens, where it is faster; GPUs: not measured")
+        report.note("timm's code runs under torch.compile, torch.export, torch.fx and torch.jit, where parts have hooks, "
+                    "drop or get a mask, and on CPUs for few tokens, where it is faster; GPUs: not measured")
         report.note("a fused block has no second derivative: undo() before create_graph=True")
     return report
 
