@@ -34,7 +34,7 @@ def apply(model: nn.Module | None = None, *, modules: Iterable[types.ModuleType]
 
     The functions are replaced in all of lightly and in `modules`, those of yours that imported them. SIGReg: of the class
     where model is None (then of LeJEPALoss and LeWMLoss too), else of the losses inside a model. Takes the patches of timm
-    and torchvision with it. strict_numerics changes nothing: nothing is put right here.
+    and torchvision with it. strict_numerics leaves mask_at_index alone, which multiplies by zero what it masks.
     """
     loss, utils = import_module("lightly.loss.lejepa_loss"), import_module("lightly.models.utils")
     check_signature(loss.SIGReg.forward, lambda self, proj: 0, "lightly's SIGReg.forward")
@@ -46,18 +46,22 @@ def apply(model: nn.Module | None = None, *, modules: Iterable[types.ModuleType]
         report.replace_method(loss.SIGReg, "forward", functools.partial(fast_sigreg, loss.SIGReg), model)
         for name, (_, fast) in _FUNCTIONS.items():
             original = getattr(utils, name)
-            if not getattr(original, "is_of_jepa_fast", False):
+            if strict_numerics and name == "mask_at_index":
+                report.keep(name, "strict_numerics: a masked NaN stays NaN")
+            elif not getattr(original, "is_of_jepa_fast", False):
                 report.replace_everywhere(original, _instead_of(original, fast), [*modules_of_package("lightly"), *modules])
         for patch, package in ((timm, "timm"), (torchvision, "torchvision")):
             if patch.matches(model) if model is not None else importlib.util.find_spec(package) is not None:
                 report.take(patch.apply(model))
-        _say_what_differs(report)
+        _say_what_differs(report, strict_numerics)
     return report
 
 
-def _say_what_differs(report: Report) -> None:
+def _say_what_differs(report: Report, strict_numerics: bool) -> None:
     report.keep("IJEPAMaskCollator", "it draws from the global random numbers one by one, and loader processes run it")
     report.keep("VISRegLoss, CAPI and the other losses", "none of them is SIGReg")
+    if not strict_numerics:
+        report.note("mask_at_index replaces tokens that are NaN or infinite too; lightly's leaves NaN")
     report.note("SIGReg is float32 also under autocast and for half precision, where lightly rounds it")
     report.note("lightly's code runs under torch.compile, torch.fx and torch.jit, and for what ours does not take: integer "
                 "tokens, averages in half precision")
