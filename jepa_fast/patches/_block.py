@@ -6,6 +6,7 @@ compilation), the block's own code runs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn.modules import module as nn_module
 from ..nn.block_function import BlockWeights, How, block
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
+MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
 
 
 class BlockParts(NamedTuple):
@@ -34,6 +37,7 @@ class BlockParts(NamedTuple):
     dropouts: tuple[nn.Module, ...] = ()    # that must not drop
     scale1: Tensor | None = None            # [D], LayerScale of a branch
     scale2: Tensor | None = None
+    make_qkv: Callable[[], tuple[Tensor, Tensor]] | None = None  # weight [3 D, D] and bias, if not just those of `qkv`
 
 
 def why_never(parts: BlockParts) -> str | None:
@@ -64,7 +68,7 @@ def is_exact_gelu(act) -> bool:
 
 def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
     """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if is_transformed(x):
         return "it is being compiled, traced or transformed"
     if x.dim() != 3 or x.dtype not in _FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
@@ -74,7 +78,31 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
         return "its dropout drops"
     if has_inner_hooks(owner):
         return "its parts have hooks"
+    if product_dtype(x) == torch.float16 and (parts.scale1 is not None or parts.scale2 is not None):
+        return "weights times LayerScale can be too small for float16"
     return why_never(parts)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.compile, a tracer (x may be a torch.fx.Proxy) or functorch looks on."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or not isinstance(x, Tensor))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which F.linear would compute."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def gains(x: Tensor) -> bool:
+    """Whether a block of x [B, N, D] is large enough to be faster; measured on a CPU, and taken to be on a GPU."""
+    if x.device.type != "cpu" or x.dim() != 3:
+        return True
+    tokens = x.shape[0] * x.shape[1]
+    is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
+    return (tokens >= (MIN_TOKENS_HALF if is_half else MIN_TOKENS)
+            and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
 
 
 def has_inner_hooks(owner: nn.Module) -> bool:
@@ -93,8 +121,7 @@ def _is_wrapped(part: nn.Module) -> bool:
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
     """x [B, N, D] -> [B, N, D]. rotary [B * N, 2, R] and frame_size as `ops.varlen_attention` takes them."""
     B, N, D = x.shape
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     weights = _weights(parts)
     copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
     how = How(cu_seqlens(B, N, x.device), N, rotary, frame_size, parts.num_heads, parts.norm1.eps, dtype, "all",
@@ -111,7 +138,9 @@ def _weights(parts: BlockParts) -> BlockWeights:
         weight, bias = layer.weight, _bias(layer)
         return (weight, bias) if scale is None else (weight * scale.unsqueeze(1), bias * scale)
 
-    if len(parts.qkv) == 1:
+    if parts.make_qkv is not None:
+        qkv_weight, qkv_bias = parts.make_qkv()
+    elif len(parts.qkv) == 1:
         qkv_weight, qkv_bias = parts.qkv[0].weight, _bias(parts.qkv[0])
     else:
         qkv_weight, qkv_bias = torch.cat([layer.weight for layer in parts.qkv]), torch.cat(list(map(_bias, parts.qkv)))

@@ -85,10 +85,12 @@ class Report:
             self.keep(what, "the class is patched already")
             return
 
-        @functools.wraps(original)
         def method(self, *args, **kwargs):
             return fast(original, self, *args, **kwargs)
 
+        # torch.jit.script compiles the original's source, and looks names up in the globals of the function
+        method = functools.wraps(original)(types.FunctionType(method.__code__, original.__globals__, name, None,
+                                                              method.__closure__))
         method.is_of_jepa_fast = True
         if model is None:
             self.replace(cls, name, method, what)
