@@ -6,6 +6,7 @@ compilation), the block's own code runs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..nn.block_function import BlockWeights, How, block
+from ._report import has_own
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class BlockParts(NamedTuple):
@@ -38,7 +40,7 @@ class BlockParts(NamedTuple):
 
 def why_never(parts: BlockParts) -> str | None:
     """Why a block cannot be computed as ours, whatever comes in; None where it can."""
-    for name, layer in (("qkv", parts.qkv[0]), ("qkv", parts.qkv[-1]), ("proj", parts.proj), ("fc1", parts.fc1),
+    for name, layer in (*(("qkv", layer) for layer in parts.qkv), ("proj", parts.proj), ("fc1", parts.fc1),
                         ("fc2", parts.fc2)):
         if type(layer) is not nn.Linear:
             return f"{name} is a {type(layer).__name__}, no plain Linear"
@@ -62,32 +64,42 @@ def is_exact_gelu(act) -> bool:
     return act is F.gelu or getattr(act, "act", None) is F.gelu  # Hugging Face's GELUActivation
 
 
-def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
-    """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
+                is_idle: Callable[[Callable], bool] = lambda hook: False) -> str | None:
+    """Why this call of a block (`owner`) must run its own code; None where ours computes the same.
+
+    is_idle: whether a forward hook would do nothing now.
+    """
+    if is_traced():
         return "it is being compiled, traced or transformed"
-    if x.dim() != 3 or x.dtype not in _FLOATS:
+    if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
         return f"x is {x.dtype}, its weights {parts.proj.weight.dtype}"
     if any(dropout.p > 0 and dropout.training for dropout in parts.dropouts):
         return "its dropout drops"
-    if has_inner_hooks(owner):
+    if has_inner_hooks(owner, is_idle):
         return "its parts have hooks"
     return why_never(parts)
 
 
-def has_inner_hooks(owner: nn.Module) -> bool:
+def is_traced() -> bool:
+    """Whether the code that runs is being compiled, traced or transformed."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active())
+
+
+def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:
     """Whether a part of a module would miss its hooks, or a forward of its own, if it were not called."""
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return True
-    return any(part is not owner and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                                      or part._backward_pre_hooks or _is_wrapped(part)) for part in owner.modules())
+    return any(part is not owner and (part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+                                      or not all(map(is_idle, part._forward_hooks.values())) or _is_wrapped(part))
+               for part in owner.modules())
 
 
 def _is_wrapped(part: nn.Module) -> bool:
-    forward = vars(part).get("forward")
-    return forward is not None and not getattr(forward, "is_of_jepa_fast", False)
+    return has_own(part, "forward") and not getattr(part.forward, "is_of_jepa_fast", False)
 
 
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
