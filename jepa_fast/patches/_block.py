@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..nn.block_function import BlockWeights, How, block
+from ._report import has_own
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
 MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
 
@@ -42,7 +43,7 @@ class BlockParts(NamedTuple):
 
 def why_never(parts: BlockParts) -> str | None:
     """Why a block cannot be computed as ours, whatever comes in; None where it can."""
-    for name, layer in (("qkv", parts.qkv[0]), ("qkv", parts.qkv[-1]), ("proj", parts.proj), ("fc1", parts.fc1),
+    for name, layer in (*(("qkv", layer) for layer in parts.qkv), ("proj", parts.proj), ("fc1", parts.fc1),
                         ("fc2", parts.fc2)):
         if type(layer) is not nn.Linear:
             return f"{name} is a {type(layer).__name__}, no plain Linear"
@@ -66,27 +67,31 @@ def is_exact_gelu(act) -> bool:
     return act is F.gelu or getattr(act, "act", None) is F.gelu  # Hugging Face's GELUActivation
 
 
-def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
-    """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
+def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
+                is_idle: Callable[[Callable], bool] = lambda hook: False) -> str | None:
+    """Why this call of a block (`owner`) must run its own code; None where ours computes the same.
+
+    is_idle: whether a forward hook would do nothing now.
+    """
     if is_transformed(x):
         return "it is being compiled, traced or transformed"
-    if x.dim() != 3 or x.dtype not in _FLOATS:
+    if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
         return f"x is {x.dtype}, its weights {parts.proj.weight.dtype}"
     if any(dropout.p > 0 and dropout.training for dropout in parts.dropouts):
         return "its dropout drops"
-    if has_inner_hooks(owner):
+    if has_inner_hooks(owner, is_idle):
         return "its parts have hooks"
     if product_dtype(x) == torch.float16 and (parts.scale1 is not None or parts.scale2 is not None):
         return "weights times LayerScale can be too small for float16"
     return why_never(parts)
 
 
-def is_transformed(x: Tensor) -> bool:
+def is_transformed(x: Tensor | None = None) -> bool:
     """Whether torch.compile, a tracer (x may be a torch.fx.Proxy) or functorch looks on."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-            or not isinstance(x, Tensor))
+            or not isinstance(x, Tensor | None))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -105,17 +110,17 @@ def gains(x: Tensor) -> bool:
             and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
 
 
-def has_inner_hooks(owner: nn.Module) -> bool:
+def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:
     """Whether a part of a module would miss its hooks, or a forward of its own, if it were not called."""
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return True
-    return any(part is not owner and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                                      or part._backward_pre_hooks or _is_wrapped(part)) for part in owner.modules())
+    return any(part is not owner and (part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+                                      or not all(map(is_idle, part._forward_hooks.values())) or _is_wrapped(part))
+               for part in owner.modules())
 
 
 def _is_wrapped(part: nn.Module) -> bool:
-    forward = vars(part).get("forward")
-    return forward is not None and not getattr(forward, "is_of_jepa_fast", False)
+    return has_own(part, "forward") and not getattr(part.forward, "is_of_jepa_fast", False)
 
 
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
