@@ -94,7 +94,7 @@ class Report:
             self.replace(cls, name, method, what)
             return
         for module in model.modules():
-            if type(module) is not cls:
+            if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
             if name in vars(module):
                 self.keep(what, "has been replaced in the instance already")
