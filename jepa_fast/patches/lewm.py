@@ -1,4 +1,4 @@
-"""LeWorldModel: le-wm (`module.py`, `jepa.py`, in whatever package) and stable-worldmodel's `wm.lewm` and `wm.loss.SIGReg`."""
+"""LeWorldModel: le-wm (`module.py`, `jepa.py`, in whatever package), stable-worldmodel's `wm.lewm` and `wm.loss.SIGReg`."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..nn.sigreg_sources import LeWMSIGReg
 from ._lewm_rollout import roll, why_not_now
 from ._report import PatchError, Report, check_signature, modules_behind, modules_defining
 
@@ -148,6 +149,28 @@ def _rolled(self: nn.Module, info: dict, actions: Tensor, history: int) -> dict:
     return info
 
 
+def _patch_sigreg(report: Report, cls: type, model: nn.Module | None) -> None:
+    check_signature(cls.__init__, lambda self, knots=17, num_proj=1024: 0, "SIGReg.__init__")
+    check_signature(cls.forward, lambda self, proj: 0, "SIGReg.forward")
+    if not getattr(cls.forward, "is_of_jepa_fast", False):
+        if "cuda" in cls.forward.__code__.co_consts and not torch.cuda.is_available():
+            report.keep("SIGReg.forward", "this version of it runs on a GPU only, and none is here")
+            return
+        _compare_sigregs(cls)
+    report.replace_method(cls, "forward", _sigreg, model)
+    report.note("SIGReg under autocast is float32; the original rounds its projections and its value to half precision")
+    report.note("SIGReg under data parallelism is that of each process's own samples, as in the original; "
+                "jepa_fast.SIGReg.from_preset('lewm', process_group='auto') is that of the global batch")
+
+
+def _sigreg(original, self, proj):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return original(self, proj)
+    return LeWMSIGReg.forward(self, proj)
+
+
+# what is there, compared with what this was written for
+
 class _Pixels(nn.Module):
     """An encoder whose CLS token is the mean pixel of each channel."""
 
@@ -163,7 +186,7 @@ class _Pixels(nn.Module):
 def _compare_rollouts(world: type, predictor: type, fast: Callable) -> None:
     """Windows that grow and slide, one context frame and two. PatchError where the code is not what this was written for."""
     embedder = sys.modules[predictor.__module__].Embedder
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
         model = world(_Pixels(), predictor(**_TINY), embedder(input_dim=2, emb_dim=4)).eval()
         for parameter in model.parameters():
@@ -179,6 +202,19 @@ def _compare_rollouts(world: type, predictor: type, fast: Callable) -> None:
                 if theirs[key].shape != ours[key].shape or not torch.allclose(theirs[key], ours[key], 1e-3, 1e-4):
                     raise PatchError(f"{world.__name__}.rollout of {world.__module__} with {predictor.__name__} computes "
                                      f"another {key} than this patch was written for; nothing was replaced")
+
+
+@torch.no_grad()
+def _compare_sigregs(cls: type) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # an early le-wm draws its directions on a GPU only
+    with torch.random.fork_rng(), torch.autocast(device, enabled=False):
+        model, x, losses = cls(knots=5, num_proj=3).to(device), torch.randn(2, 6, 4, device=device), []
+        for forward in (cls.forward, LeWMSIGReg.forward):
+            torch.manual_seed(0)
+            losses.append(forward(model, x))
+    if not torch.allclose(*losses, 1e-4, 1e-5):
+        raise PatchError(f"SIGReg of {cls.__module__} computes {losses[0]:.6g} where this patch was written for code that "
+                         f"computes {losses[1]:.6g}; nothing was replaced")
 
 
 def _never(self, *arguments):
