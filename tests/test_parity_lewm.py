@@ -83,6 +83,6 @@ def test_seeded_training_with_sigreg(code):
     theirs = list(losses())
     forward = code[3].forward
     with lewm.apply() as report:
-        assert report.replaced["SIGReg.forward"] == 1
+        assert "SIGReg.forward" in report.replaced
         ours = list(losses())
     assert ours == pytest.approx(theirs, rel=1e-5) and code[3].forward is forward
