@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-<<<<<<< HEAD
-from ..nn.block_function import BlockWeights, How, block
-from ._report import has_own
-=======
 from ..nn.block import Sequences
 from ..nn.block_function import Activations, BlockWeights, How, block
->>>>>>> vjepa2
+from ._report import has_own
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
@@ -72,7 +68,6 @@ def is_exact_gelu(act) -> bool:
     return act is F.gelu or getattr(act, "act", None) is F.gelu  # Hugging Face's GELUActivation
 
 
-<<<<<<< HEAD
 def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
                 is_idle: Callable[[Callable], bool] = lambda hook: False) -> str | None:
     """Why this call of a block (`owner`) must run its own code; None where ours computes the same.
@@ -80,11 +75,6 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
     is_idle: whether a forward hook would do nothing now.
     """
     if is_transformed(x):
-=======
-def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
-    """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
-    if is_transformed(x):
->>>>>>> vjepa2
         return "it is being compiled, traced or transformed"
     if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
@@ -99,7 +89,6 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
     return why_never(parts)
 
 
-<<<<<<< HEAD
 def is_transformed(x: Tensor | None = None) -> bool:
     """Whether torch.compile, a tracer (x may be a torch.fx.Proxy) or functorch looks on."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
@@ -123,14 +112,6 @@ def gains(x: Tensor) -> bool:
 
 
 def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:
-=======
-def is_transformed(x: Tensor) -> bool:
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-            or not isinstance(x, Tensor))  # a torch.fx.Proxy
-
-
-def has_inner_hooks(owner: nn.Module) -> bool:
->>>>>>> vjepa2
     """Whether a part of a module would miss its hooks, or a forward of its own, if it were not called."""
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return True
@@ -146,10 +127,7 @@ def _is_wrapped(part: nn.Module) -> bool:
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
     """x [B, N, D] -> [B, N, D]. rotary [B * N, 2, R] and frame_size as `ops.varlen_attention` takes them."""
     B, N, D = x.shape
-<<<<<<< HEAD
     dtype = product_dtype(x)
-=======
-    dtype = _product_dtype(x)
     sequences = Sequences(cu_seqlens(B, N, x.device), N, rotary, frame_size)
     scales = tuple(_row_scale(drop_path, x, dtype) for drop_path in (parts.drop_path1, parts.drop_path2))
     return run_packed(x.reshape(B * N, D), parts, sequences, scales=scales).view(B, N, D)
@@ -158,18 +136,12 @@ def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_
 def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: Activations = "all",
                scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
     """Sequences of any lengths, end to end: x [P, D] -> [P, D]. scales [P, 1]: what each branch is multiplied by."""
-    dtype = _product_dtype(x)
->>>>>>> vjepa2
+    dtype = product_dtype(x)
     weights = _weights(parts)
     copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
     how = How(sequences.cu_seqlens, sequences.max_seqlen, sequences.rotary, sequences.frame_size, parts.num_heads,
               parts.norm1.eps, dtype, activations, *scales)
     return block(x, weights, copies, how)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 _IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")

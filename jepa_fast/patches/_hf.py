@@ -130,8 +130,8 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     from transformers import AttentionInterface
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if (is_transformed() or attention_mask is not None or dropout or (causal and query.shape[2] > 1) or has_options((), kwargs)
-            or not _fits(query, key, value)):
+    if (is_transformed() or attention_mask is not None or dropout or (causal and query.shape[2] > 1)
+            or has_options((), kwargs) or not _fits(query, key, value)):
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                             is_causal=is_causal, **kwargs)
     B, H, N, d = query.shape

@@ -89,7 +89,8 @@ def classes_of(checkout: Checkout, name: str, expected: Callable) -> list[type]:
     found = []
     for cls in checkout.definitions(name):
         blocks = [cls.__init__.__globals__.get(block) for block in ("Block", "ACBlock")]
-        if cls.__module__ == checkout.core.__name__ or any(block in vars(checkout.core).values() for block in blocks if block):
+        if cls.__module__ == checkout.core.__name__ or any(block in vars(checkout.core).values()
+                                                           for block in blocks if block):
             check_signature(cls.forward, expected, f"{name}.forward")
             found.append(cls)
         elif not any(blocks) and list(inspect.signature(cls.forward).parameters) == list(
