@@ -7,13 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..drop_in.attention import (action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table)
-from ..drop_in.masks import apply_masks, repeat_interleave_batch
+from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
 from ._block import has_inner_hooks, is_traced, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
-from ._vjepa2 import (Family, attention_types, block_parts, classes_of, cross_attention, is_rotary, own_code_only,
-                      plain_attention, why_not_fused)
+from ._vjepa2 import (
+    FUNCTIONS,
+    Family,
+    block_parts,
+    classes_of,
+    cross_attention,
+    is_rotary,
+    own_code_only,
+    plain_attention,
+    why_not_fused,
+)
 from ._vjepa2_packed import multi_seq_encoder, multi_seq_predictor, video_predictor
 
 CODE = CodeBase("vjepa2", "src.models.utils.modules", ("RoPEAttention", "ACRoPEAttention", "rotate_queries_or_keys"))
@@ -30,8 +38,6 @@ _SIGNATURES = {
     "MultiSeqWrapper": lambda self, x, masks=None: 0,
     "PredictorMultiSeqWrapper": lambda self, x, masks_x, masks_y, has_cls=False: 0,
 }
-FUNCTIONS = {"apply_masks": (apply_masks, lambda x, masks, concat=True: 0),
-              "repeat_interleave_batch": (repeat_interleave_batch, lambda x, B, repeat: 0)}
 
 
 def matches(model: nn.Module) -> bool:
