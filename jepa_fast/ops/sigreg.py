@@ -87,11 +87,11 @@ def _statistic_backward_native(raw, grad, sums, count, phi, weights):
 
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
-       plain=reference.sigreg_sums, cpp=compiled("sigreg_sums", _FLOATS, _sums_native),
+       plain=reference.sigreg_sums, cpp=compiled("sigreg_add_sums", _FLOATS, _sums_native),
        triton=triton("sigreg.sigreg_sums"), cuda=_CUDA)
 define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
        "float t_step) -> Tensor",
-       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_sums_backward", _FLOATS, _sums_backward_native),
+       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_gradient_", _FLOATS, _sums_backward_native),
        triton=triton("sigreg.sigreg_sums_backward"), cuda=_CUDA)
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_native),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..drop_in.attention import angle_dtype, attend, attention_dropout
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import BlockParts, is_traced, why_not_now
+from ._block import BlockParts, is_transformed, why_not_now
 from ._meta import Checkout
 from ._report import check_signature
 
@@ -63,13 +63,13 @@ def is_rotary(attn: nn.Module) -> bool:
 
 def own_code_only(layer: nn.Module, x: Tensor, strict: bool) -> bool:
     """Whether even the attention of a layer must be the original's."""
-    return is_traced(x) or x.dim() != 3 or strict and angle_dtype(x, strict) == torch.float16
+    return is_transformed(x) or x.dim() != 3 or strict and angle_dtype(x, strict) == torch.float16
 
 
 def plain_attention(family: Family):
     """`Attention.forward` without rotary positions, with masks and without."""
     def forward(original, self, x, mask=None, attn_mask=None):
-        if is_traced(x) or x.dim() != 3:
+        if is_transformed(x) or x.dim() != 3:
             return original(self, x, mask, attn_mask)
         return attend(self, x, None, attn_mask, strict=family.strict)
     return forward
@@ -77,7 +77,7 @@ def plain_attention(family: Family):
 
 def cross_attention(original, self, q, x):
     """`CrossAttention.forward` without PyTorch's deprecated context manager."""
-    if is_traced(q) or not self.use_sdpa:
+    if is_transformed(q) or not self.use_sdpa:
         return original(self, q, x)
     queries = self.q(q).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
     k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -12,7 +12,7 @@ from ..nn.block import Sequences
 from ..nn.linear import linear
 from ..nn.rotary import axis_widths, rotary_table
 from ..ops import gather_patches, gather_tokens
-from ._block import has_inner_hooks, is_traced, run_packed
+from ._block import has_inner_hooks, is_transformed, run_packed
 from ._vjepa2 import Family, block_parts, is_rotary, why_not_fused
 
 
@@ -207,7 +207,7 @@ class Prediction(NamedTuple):
 
 
 def is_plain(x) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and not is_traced(x)
+    return type(x) in (Tensor, nn.Parameter) and not is_transformed(x)
 
 
 def predicts_unsorted(family: Family, owner: nn.Module, predictor: nn.Module, calls: list[Prediction]) -> bool:

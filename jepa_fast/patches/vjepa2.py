@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
-from ._block import has_inner_hooks, is_traced, run_block
+from ._block import gains, has_inner_hooks, is_transformed, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
@@ -127,7 +127,7 @@ def _action_attention(family: Family):
 def _block(family: Family):
     def forward(original, self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
         where = mask, attn_mask, T, H_patches, W_patches
-        if why_not_fused(family, self, x, attn_mask) is not None:
+        if why_not_fused(family, self, x, attn_mask) is not None or not is_rotary(self.attn) and not gains(x):
             return original(self, x, *where)
         table = None
         if is_rotary(self.attn):
@@ -155,7 +155,7 @@ def _action_block(family: Family):
 
 def _action_predictor(original, self, x, actions, states, extrinsics=None):
     """`VisionTransformerPredictorAC.forward` that tells its blocks what its mask is, known from the first call."""
-    if is_traced(x) or self.attn_mask is None:
+    if is_transformed(x) or self.attn_mask is None:
         return original(self, x, actions, states, extrinsics)
     rows, columns = self.grid_height, self.grid_width
     x = self.predictor_embed(x).unflatten(1, (-1, rows * columns))
