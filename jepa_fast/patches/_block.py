@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..nn.block_function import BlockWeights, How, block
+from ..nn.block import Sequences
+from ..nn.block_function import Activations, BlockWeights, How, block
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,7 +65,7 @@ def is_exact_gelu(act) -> bool:
 
 def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
     """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if is_traced(x):
         return "it is being compiled, traced or transformed"
     if x.dim() != 3 or x.dtype not in _FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
@@ -75,6 +76,11 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
     if has_inner_hooks(owner):
         return "its parts have hooks"
     return why_never(parts)
+
+
+def is_traced(x: Tensor) -> bool:
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or not isinstance(x, Tensor))  # a torch.fx.Proxy
 
 
 def has_inner_hooks(owner: nn.Module) -> bool:
@@ -93,13 +99,26 @@ def _is_wrapped(part: nn.Module) -> bool:
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
     """x [B, N, D] -> [B, N, D]. rotary [B * N, 2, R] and frame_size as `ops.varlen_attention` takes them."""
     B, N, D = x.shape
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _product_dtype(x)
+    sequences = Sequences(cu_seqlens(B, N, x.device), N, rotary, frame_size)
+    scales = tuple(_row_scale(drop_path, x, dtype) for drop_path in (parts.drop_path1, parts.drop_path2))
+    return run_packed(x.reshape(B * N, D), parts, sequences, scales=scales).view(B, N, D)
+
+
+def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: Activations = "all",
+               scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+    """Sequences of any lengths, end to end: x [P, D] -> [P, D]. scales [P, 1]: what each branch is multiplied by."""
+    dtype = _product_dtype(x)
     weights = _weights(parts)
     copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
-    how = How(cu_seqlens(B, N, x.device), N, rotary, frame_size, parts.num_heads, parts.norm1.eps, dtype, "all",
-              _row_scale(parts.drop_path1, x, dtype), _row_scale(parts.drop_path2, x, dtype))
-    return block(x.reshape(B * N, D), weights, copies, how).view(B, N, D)
+    how = How(sequences.cu_seqlens, sequences.max_seqlen, sequences.rotary, sequences.frame_size, parts.num_heads,
+              parts.norm1.eps, dtype, activations, *scales)
+    return block(x, weights, copies, how)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 _IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ._block import BlockParts, why_not_now
 from ._report import PatchError, Report, modules_defining, modules_of_checkout
 
 
@@ -56,13 +58,30 @@ class Checkout(NamedTuple):
         """What its modules call by this name, each thing once, wherever it is defined."""
         return _unique(vars(module)[name] for module in self.modules if name in vars(module))
 
-    def replace_function(self, report: Report, name: str, new: Callable, check: Callable[[Callable], None]) -> None:
-        """Replace all copies of a function, each in every module that holds it, once `check(copy)` has passed for all."""
-        copies = [old for old in self.holders(name) if old is not new]
-        for old in copies:
-            check(old)
-        for old in copies:
-            report.replace_everywhere(old, new, self.modules)
+    def replace_function(self, report: Report, name: str, new: Callable) -> None:
+        """Replace all copies of a function, each in every module that holds it."""
+        for old in self.holders(name):
+            if old is not new:
+                report.replace_everywhere(old, new, self.modules)
+
+
+def block_parts(block: nn.Module) -> BlockParts:
+    """What Meta's vision-transformer blocks consist of; V-JEPA's have no stochastic depth."""
+    attn, mlp, drop_path = block.attn, block.mlp, getattr(block, "drop_path", None)
+    return BlockParts(block.norm1, (attn.qkv,), attn.proj, block.norm2, mlp.fc1, mlp.act, mlp.fc2, attn.num_heads,
+                      drop_path, drop_path, (attn.attn_drop, attn.proj_drop, mlp.drop))
+
+
+def why_not_block(block: nn.Module, x: Tensor, attention: type, mlp: type) -> str | None:
+    """Why a block must run its own code on x; None where `run_block` computes the same."""
+    if type(block.attn) is not attention or type(block.mlp) is not mlp:
+        return f"its parts are {type(block.attn).__name__} and {type(block.mlp).__name__}"
+    return why_not_now(block, block_parts(block), x)
+
+
+def is_plain_call() -> bool:
+    """Whether a call is neither compiled, traced nor transformed, so that our own forward passes may run."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 def namespaces(model: nn.Module) -> list[ModuleType]:
