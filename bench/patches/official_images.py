@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import pathlib
 
@@ -33,7 +34,10 @@ def task(path: pathlib.Path, trains: bool):
                                                pred_emb_dim=384)
         model = with_target(encoder, predictor)
         images = torch.randn(BATCH, 3, SIZE, SIZE)
-        apply = lambda model: patches.ijepa.apply(modules=[helper])  # as a user of main.py does
+
+        def apply(model):
+            return patches.ijepa.apply(modules=[helper])  # the whole checkout, as a user of its main.py does
+
         if not trains:
             yield Task(model, inference(lambda model: model["target_encoder"](images)), apply)
             return
@@ -52,7 +56,8 @@ def task(path: pathlib.Path, trains: bool):
 
 
 def image_masks() -> tuple[list[Tensor], list[Tensor]]:
-    masks = recipes.ijepa_vith14().objective.masking.sample((SIZE // 16,) * 2, BATCH, seed=0, step=0, first_sample=0)
+    masking = dataclasses.replace(recipes.ijepa_vith14().objective.masking, mask_group_size=BATCH)
+    masks = masking.sample((SIZE // 16,) * 2, BATCH, seed=0, step=0, first_sample=0)
     return masks.context_lists(), masks.target_lists()
 
 

@@ -1,6 +1,7 @@
 """facebookresearch/jepa and vjepa2: V-JEPA, V-JEPA 2, 2-AC and 2.1, ViT-S on 16 frames, two groups of masks."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_fast import patches
-from jepa_fast.masking import clip_grid
 from jepa_fast.recipes import vjepa2 as recipes
 
 from ..checkouts import allow_torchvision, checkout
@@ -25,21 +25,24 @@ PREDICTOR = ENCODER | dict(embed_dim=384, predictor_embed_dim=384, depth=12, num
 
 def cases() -> list[Case]:
     name = f"ViT-S/16 {FRAMES}x{SIZE}, batch {BATCH}"
-    short = functools.partial(Case, name=name)
-    return [*(short(patch, what=what, make=functools.partial(make, how=how), checkout=repository, goal=goal)
-              for patch, repository, make in (("jepa", "jepa", vjepa), ("vjepa2", "vjepa2", vjepa2),
-                                              ("vjepa2_1", "vjepa2_1", vjepa21))
-              for what, how, goal in (("encoder + predictor step", "pair", 2.5 if patch == "vjepa2" else None),
-                                      ("training step", "step", None), ("inference", "inference", None))),
-            Case("vjepa2", f"2-AC predictor, width 384, 12 blocks, 4 frames of 8x8, batch {BATCH}", "forward + backward",
-                 functools.partial(action_conditioned, how="pair"), checkout="vjepa2"),
-            Case("vjepa2", f"2-AC predictor, width 384, 12 blocks, 4 frames of 8x8, batch {BATCH}", "inference",
-                 functools.partial(action_conditioned, how="inference"), checkout="vjepa2")]
+    ac = f"2-AC predictor, width 384, 12 blocks, 4 frames of 8x8, batch {BATCH}"
+    pair = "encoder + predictor, forward + backward"
+    return [_case("jepa", vjepa, name, "training step", "step"), _case("jepa", vjepa, name, "inference", "inference"),
+            _case("vjepa2", vjepa2, name, pair, "pair", goal=2.5), _case("vjepa2", vjepa2, name, "training step", "step"),
+            _case("vjepa2", vjepa2, name, "inference", "inference"),
+            _case("vjepa2", action_conditioned, ac, "forward + backward", "pair"),
+            _case("vjepa2", action_conditioned, ac, "inference", "inference"),
+            _case("vjepa2_1", vjepa21, name, "training step", "step"),
+            _case("vjepa2_1", vjepa21, name, "inference", "inference")]
+
+
+def _case(patch: str, make: Callable, name: str, what: str, how: str, goal: float | None = None) -> Case:
+    return Case(patch, name, what, functools.partial(make, how=how), goal, checkout=patch)
 
 
 def clip_masks() -> tuple[list[Tensor], list[Tensor]]:
-    masking = recipes.vjepa2_vitl16().objective.masking
-    masks = masking.sample(clip_grid(FRAMES, SIZE), BATCH, seed=0, step=0, first_sample=0)
+    masking = dataclasses.replace(recipes.vjepa2_vitl16().objective.masking, mask_group_size=BATCH)
+    masks = masking.sample((FRAMES // 2, SIZE // 16, SIZE // 16), BATCH, seed=0, step=0, first_sample=0)
     return masks.context_lists(), masks.target_lists()
 
 

@@ -22,7 +22,7 @@ Start = Callable[[nn.Module, Callable], Call]
 
 
 class Task(NamedTuple):
-    """start(model, autocast) makes what is timed: a function that returns what must agree; the forward pass in autocast()."""
+    """start(model, autocast) makes what is timed, a function that returns what must agree; it computes within autocast()."""
 
     model: nn.Module
     start: Start
@@ -75,7 +75,7 @@ def measure(case: Case, precision: str, official: pathlib.Path | None, repeats: 
             torch.manual_seed(0)
             results[name] = [x.detach().clone() for x in call()]
         agree(results, TOLERANCE[precision])
-        timings = interleaved(calls, repeats=repeats, warmup=1)
+        timings = interleaved(calls, repeats=repeats, warmup=0)  # all have run once
         peaks = {name: peak_memory_bytes(call) for name, call in calls.items()}
     rows = []
     for name, timing in timings.items():
