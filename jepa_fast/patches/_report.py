@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import os
 import pathlib
 import sys
 import types
@@ -173,10 +174,9 @@ def modules_defining(*names: str, among: Iterable[types.ModuleType] | None = Non
 
 def modules_of_checkout(module: types.ModuleType) -> list[types.ModuleType]:
     """The loaded modules whose files lie in the same checkout: beside or below the folder that `module` is imported from."""
-    depth = module.__name__.count(".") + 1
-    root = pathlib.Path(module.__file__).resolve().parents[depth - 1]
+    root = pathlib.Path(os.path.abspath(module.__file__)).parents[module.__name__.count(".")]
     return [other for other in list(sys.modules.values()) if isinstance(other, types.ModuleType)
-            and getattr(other, "__file__", None) and root in pathlib.Path(other.__file__).resolve().parents]
+            and os.path.abspath(getattr(other, "__file__", None) or "").startswith(f"{root}{os.sep}")]
 
 
 def modules_behind(model: nn.Module) -> list[types.ModuleType]:
