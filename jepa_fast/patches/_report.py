@@ -86,10 +86,12 @@ class Report:
             self.keep(what, "the class is patched already")
             return
 
-        @functools.wraps(original)
         def method(self, *args, **kwargs):
             return fast(original, self, *args, **kwargs)
 
+        # torch.jit.script compiles the original's source, and looks names up in the globals of the function
+        method = functools.wraps(original)(types.FunctionType(method.__code__, original.__globals__, name, None,
+                                                              method.__closure__))
         method.is_of_jepa_fast = True
         if model is None:
             self.replace(cls, name, method, what)
@@ -97,7 +99,7 @@ class Report:
         for module in model.modules():
             if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
-            if name in vars(module):
+            if has_own(module, name):
                 self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
@@ -149,6 +151,12 @@ class Report:
             if rows:
                 lines += [title, *(f"  {row}" for row in rows)]
         return "\n".join(lines)
+
+
+def has_own(module: nn.Module, name: str) -> bool:
+    """Whether a method of an instance is another than its class's."""
+    own = vars(module).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
 
 
 def check_signature(function: Callable, expected: Callable, where: str) -> None:

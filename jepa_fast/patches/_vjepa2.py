@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..drop_in.attention import angle_dtype, attend, attention_dropout
-from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import BlockParts, is_traced, why_not_now
+from ._block import BlockParts, is_transformed, why_not_now
 from ._meta import Checkout
 from ._report import check_signature
 
 Positions = Callable[[nn.Module, Tensor, int | None, int | None, torch.dtype], Tensor]
-
-FUNCTIONS = {"apply_masks": (apply_masks, lambda x, masks, concat=True: 0),
-              "repeat_interleave_batch": (repeat_interleave_batch, lambda x, B, repeat: 0)}
 
 
 class Family(NamedTuple):
@@ -63,13 +59,13 @@ def is_rotary(attn: nn.Module) -> bool:
 
 def own_code_only(layer: nn.Module, x: Tensor, strict: bool) -> bool:
     """Whether even the attention of a layer must be the original's."""
-    return is_traced(x) or x.dim() != 3 or strict and angle_dtype(x, strict) == torch.float16
+    return is_transformed(x) or x.dim() != 3 or strict and angle_dtype(x, strict) == torch.float16
 
 
 def plain_attention(family: Family):
     """`Attention.forward` without rotary positions, with masks and without."""
     def forward(original, self, x, mask=None, attn_mask=None):
-        if is_traced(x) or x.dim() != 3:
+        if is_transformed(x) or x.dim() != 3:
             return original(self, x, mask, attn_mask)
         return attend(self, x, None, attn_mask, strict=family.strict)
     return forward
@@ -77,7 +73,7 @@ def plain_attention(family: Family):
 
 def cross_attention(original, self, q, x):
     """`CrossAttention.forward` without PyTorch's deprecated context manager."""
-    if is_traced(q) or not self.use_sdpa:
+    if is_transformed(q) or not self.use_sdpa:
         return original(self, q, x)
     queries = self.q(q).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
     k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -92,11 +88,12 @@ def classes_of(checkout: Checkout, name: str, expected: Callable) -> list[type]:
     """
     found = []
     for cls in checkout.definitions(name):
-        block = cls.__init__.__globals__.get("Block")   # the layers' own, in models and in the layers' module
-        if block is not None:
-            if block in (vars(checkout.core).get("Block"), vars(checkout.core).get("ACBlock")):
-                check_signature(cls.forward, expected, f"{name}.forward")
-                found.append(cls)
-        elif list(inspect.signature(cls.forward).parameters) == list(inspect.signature(expected).parameters):
+        blocks = [cls.__init__.__globals__.get(block) for block in ("Block", "ACBlock")]
+        if cls.__module__ == checkout.core.__name__ or any(block in vars(checkout.core).values()
+                                                           for block in blocks if block):
+            check_signature(cls.forward, expected, f"{name}.forward")
+            found.append(cls)
+        elif not any(blocks) and list(inspect.signature(cls.forward).parameters) == list(
+                inspect.signature(expected).parameters):
             found.append(cls)
     return found

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
-from ._block import has_inner_hooks, is_traced, run_block
+from ..drop_in.masks import apply_masks, repeat_interleave_batch
+from ._block import has_inner_hooks, is_transformed, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
-    FUNCTIONS,
     Family,
     block_parts,
     classes_of,
@@ -38,6 +38,8 @@ _SIGNATURES = {
     "MultiSeqWrapper": lambda self, x, masks=None: 0,
     "PredictorMultiSeqWrapper": lambda self, x, masks_x, masks_y, has_cls=False: 0,
 }
+FUNCTIONS = {"apply_masks": (apply_masks, lambda x, masks, concat=True: 0),
+              "repeat_interleave_batch": (repeat_interleave_batch, lambda x, B, repeat: 0)}
 
 
 def matches(model: nn.Module) -> bool:
@@ -155,7 +157,7 @@ def _action_block(family: Family):
 
 def _action_predictor(original, self, x, actions, states, extrinsics=None):
     """`VisionTransformerPredictorAC.forward` that tells its blocks what its mask is, known from the first call."""
-    if is_traced(x) or self.attn_mask is None:
+    if is_transformed(x) or self.attn_mask is None:
         return original(self, x, actions, states, extrinsics)
     rows, columns = self.grid_height, self.grid_width
     x = self.predictor_embed(x).unflatten(1, (-1, rows * columns))
