@@ -27,7 +27,7 @@ class BlockParts(NamedTuple):
     """x + scale1 proj(attention(qkv(norm1(x)))), then x + scale2 fc2(gelu(fc1(norm2(x))))."""
 
     norm1: nn.LayerNorm
-    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value
+    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value; or `make_qkv`
     proj: nn.Linear
     norm2: nn.LayerNorm
     fc1: nn.Linear
@@ -44,9 +44,9 @@ class BlockParts(NamedTuple):
 
 def why_never(parts: BlockParts) -> str | None:
     """Why a block cannot be computed as ours, whatever comes in; None where it can."""
-    for name, layer in (*(("qkv", layer) for layer in parts.qkv), ("proj", parts.proj), ("fc1", parts.fc1),
-                        ("fc2", parts.fc2)):
-        if type(layer) is not nn.Linear:
+    layers = [("qkv", layer) for layer in parts.qkv] + [("proj", parts.proj), ("fc1", parts.fc1), ("fc2", parts.fc2)]
+    for name, layer in layers:
+        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return f"{name} is a {type(layer).__name__}, no plain Linear"
     for norm in (parts.norm1, parts.norm2):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 _ABSENT = object()
+_PATCHED = "is patched already"
 
 
 class PatchError(RuntimeError):
@@ -83,7 +84,7 @@ class Report:
         """
         original, what = getattr(cls, name), f"{cls.__name__}.{name}"
         if getattr(original, "is_of_jepa_fast", False):
-            self.keep(what, "the class is patched already")
+            self.keep(what, _PATCHED)
             return
 
         def method(self, *args, **kwargs):
@@ -99,7 +100,9 @@ class Report:
         for module in model.modules():
             if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
-            if has_own(module, name):
+            if getattr(vars(module).get(name), "is_of_jepa_fast", False):
+                self.keep(what, _PATCHED)
+            elif has_own(module, name):
                 self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
@@ -123,7 +126,7 @@ class Report:
         """Make another report a part of this one."""
         for what, count in other.replaced.items():
             self.replaced[what] = self.replaced.get(what, 0) + count
-        self.kept |= other.kept
+        self.kept |= {what: why for what, why in other.kept.items() if why != _PATCHED or what not in self.replaced}
         self.notes += [note for note in other.notes if note not in self.notes]
         self._replacements += other._replacements
         other._replacements = []

@@ -37,8 +37,8 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
                 everywhere = [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
                 report.replace_everywhere(module.epps_pulley, _epps_pulley(module.epps_pulley, strict_numerics), everywhere)
         report.keep("HingeStdLoss, CovarianceLoss, VCLoss, VICRegLoss, VC_IDM_Sim_Regularizer",
-                    "one matrix product each, which PyTorch does well; their .item() for the log are not ours to remove")
-        report.keep("CEMPlanner, MPPIPlanner", "their rollout is the caller's; jepa_fast.planning has both, for many episodes")
+                    "one matrix product each, which PyTorch does well; what they read for the log is their interface")
+        report.keep("CEMPlanner, MPPIPlanner", "jepa_fast.planning has both, with an interface of its own")
         note_numerics(report)
         report.note("strict: under torch.distributed the gradient is what autograd makes of the original's all-reduce, on "
                     "gloo 1/W of the right one" if strict_numerics else
@@ -57,7 +57,8 @@ def _epps_pulley(original, strict_numerics: bool):
     @functools.wraps(original)
     def epps_pulley(x, t_min=-3, t_max=3, n_points=10):
         is_as_written = strict_numerics and resolve_group("auto") is not None
-        if is_as_written or x.dim() != 2 or why_not_now(x, nn.Identity(), op="projection_sums") or t_min != -t_max:
+        is_grid = t_min == -t_max and n_points > 1
+        if is_as_written or not is_grid or x.dim() != 2 or why_not_now(x, nn.Identity(), op="projection_sums"):
             return original(x, t_min, t_max, n_points)
         return ops.epps_pulley(x, quadrature=Quadrature.trapezoid(t_min, t_max, n_points), scale="none",
                                process_group="auto", ddp_weighting="rank")

@@ -1,6 +1,7 @@
 """lejepa (github.com/rbalestr-lab/lejepa): SIGReg as one op, without a [..., N, K, T] tensor."""
 
 import importlib
+import sys
 
 from torch import Tensor, nn
 
@@ -64,17 +65,17 @@ def _imported() -> dict[str, type]:
 
 
 def _classes(model: nn.Module) -> dict[str, type]:
-    """lejepa's classes in a model, by name; stable-pretraining has an EppsPulley of its own."""
-    classes = {type(part).__name__: type(part) for part in model.modules()}
-    return {name: cls for name, cls in classes.items() if name in ("SlicingUnivariateTest", "EppsPulley")
-            and not cls.__module__.startswith(("jepa_fast.", "stable_pretraining."))}
+    """lejepa's classes in a model, by name; stable-pretraining's EppsPulley stands beside a SlicedEppsPulley."""
+    classes = {cls for cls in map(type, model.modules()) if not cls.__module__.startswith("jepa_fast.")
+               and not hasattr(sys.modules.get(cls.__module__), "SlicedEppsPulley")}
+    return {cls.__name__: cls for cls in classes if cls.__name__ in ("SlicingUnivariateTest", "EppsPulley")}
 
 
 def _say_what_stays(report: Report, model: nn.Module | None) -> None:
     if model is None:
         report.keep("AndersonDarling, CramerVonMises, ... of lejepa.univariate", "other tests, which sort their samples or "
                     "take moments; no training uses them")
-        report.keep("BHEP, HZ, HV, ... of lejepa.multivariate", "other tests, of all pairs of samples; no training uses them")
+        report.keep("BHEP, HZ, HV, ... of lejepa.multivariate", "other tests, of pairs of samples; no training uses them")
         return
     for part in model.modules():
         name = type(part).__name__

@@ -76,10 +76,12 @@ def _update_teacher(original, self) -> None:
     momentum = host_value(self.ema_coefficient)
     if not self.training or momentum in (0.0, 1.0):
         return None
-    teacher, student = ([*part.parameters(), *part.buffers()] for part in (self.teacher, self.student))
-    flat = [pair for pair in zip(teacher, student, strict=True) if _is_flat(*pair)]
+    teacher, student = self.teacher, self.student
+    pairs = [*zip(teacher.parameters(), student.parameters(), strict=False),
+             *zip(teacher.buffers(), student.buffers(), strict=False)]
+    flat = [pair for pair in pairs if _is_flat(*pair)]
     ema_update_([t for t, _ in flat], [s for _, s in flat], momentum)
-    for t, s in zip(teacher, student, strict=True):
+    for t, s in pairs:
         if not _is_flat(t, s):
             t.mul_(self.ema_coefficient.to(t.dtype)).add_((1.0 - self.ema_coefficient).to(t.dtype) * s)
     return None
