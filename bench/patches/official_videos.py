@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jepa_fast import patches
 from jepa_fast.recipes import vjepa2 as recipes
 
-from ..checkouts import allow_torchvision, checkout
+from ..checkouts import checkout
 from .official_images import adamw, adamw_ema, move_average, move_average_foreach, trained, with_target
 from .task import Case, Task, inference, training
 
@@ -70,7 +70,6 @@ def mean_power(z: list[Tensor], h: list[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def vjepa(path: pathlib.Path, how: str):
-    allow_torchvision()
     names = ("src.models.vision_transformer", "src.models.predictor", "src.models.utils.multimask", "src.masks.utils")
     with checkout(path, *names) as (transformer, predictors, multimask, masks_utils):
         torch.manual_seed(0)
@@ -94,7 +93,6 @@ def vjepa(path: pathlib.Path, how: str):
 
 @contextlib.contextmanager
 def vjepa2(path: pathlib.Path, how: str):
-    allow_torchvision()
     names = ("src.models.vision_transformer", "src.models.predictor", "src.utils.wrappers", "src.masks.utils")
     with checkout(path, *names) as (transformer, predictors, wrappers, masks_utils):
         torch.manual_seed(0)
@@ -119,7 +117,6 @@ def vjepa2(path: pathlib.Path, how: str):
 @contextlib.contextmanager
 def vjepa21(path: pathlib.Path, how: str):
     """As its files train: features of four layers, context tokens predicted too, positions stretched to the grid."""
-    allow_torchvision()
     names = ("app.vjepa_2_1.models.vision_transformer", "app.vjepa_2_1.models.predictor", "app.vjepa_2_1.wrappers",
              "src.masks.utils")
     with checkout(path, *names) as (transformer, predictors, wrappers, masks_utils):
@@ -148,7 +145,6 @@ def vjepa21(path: pathlib.Path, how: str):
 
 @contextlib.contextmanager
 def action_conditioned(path: pathlib.Path, how: str):
-    allow_torchvision()
     with checkout(path, "src.models.ac_predictor") as (predictors,):
         torch.manual_seed(0)
         model = predictors.vit_ac_predictor(img_size=SIZE, patch_size=16, num_frames=8, tubelet_size=2, embed_dim=384,

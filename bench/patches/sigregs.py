@@ -12,7 +12,7 @@ from torch import nn
 
 from jepa_fast import patches
 
-from ..checkouts import allow_torchvision, checkout
+from ..checkouts import checkout
 from .task import Case, Task, training
 
 VIEWS, LATENTS = (8, 256, 128), (4, 128, 192)
@@ -56,7 +56,6 @@ def lejepa(path: pathlib.Path):
 
 @contextlib.contextmanager
 def lightly():
-    allow_torchvision()
     from lightly.loss.lejepa_loss import SIGReg
 
     yield _task(SIGReg(), VIEWS, patch=patches.lightly)
@@ -71,7 +70,6 @@ def lewm(path: pathlib.Path):
 @contextlib.contextmanager
 def stable_pretraining(path: pathlib.Path):
     """Its loss's file alone: the package has dozens of dependencies, of which the loss needs none."""
-    allow_torchvision()
     package = MagicMock(name="stable_pretraining", Module=nn.Module)
     stubs = {"stable_pretraining": package, "stable_pretraining.backbone": package.backbone,
              "stable_pretraining.methods": package.methods}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jepa_fast.patches import Report
 
+from ..checkouts import allow_torchvision
 from ..measure import agree, interleaved, peak_memory_bytes
 
 # relative to the size of what is compared: losses, outputs, and all gradients as one vector
@@ -68,6 +69,7 @@ class Switch:
 
 def measure(case: Case, precision: str, official: pathlib.Path | None, repeats: int) -> list[dict]:
     """Rows "before", "after" and, where pieces are put in by hand, "after, by hand"."""
+    allow_torchvision()
     with case.make(*([official / case.checkout] if case.checkout else [])) as task:
         calls = dict(_calls(task, precision))
         results = {}

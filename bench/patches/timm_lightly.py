@@ -10,7 +10,6 @@ from torch import nn
 
 from jepa_fast import patches
 
-from ..checkouts import allow_torchvision
 from .official_images import image_masks
 from .task import Case, Task, inference, training
 
@@ -28,7 +27,6 @@ def cases() -> list[Case]:
 
 @contextlib.contextmanager
 def timm_vit(trains: bool):
-    allow_torchvision()
     import timm
 
     torch.manual_seed(0)
@@ -45,7 +43,6 @@ def timm_vit(trains: bool):
 @contextlib.contextmanager
 def ijepa():
     """One context block, four targets predicted each on its own, smooth L1 to a moving average's features."""
-    allow_torchvision()
     import timm
     from lightly.models import utils
     from lightly.models.modules import IJEPAPredictorTIMM, MaskedVisionTransformerTIMM
@@ -53,8 +50,8 @@ def ijepa():
     torch.manual_seed(0)
     vit = timm.create_model("vit_small_patch16_224", num_classes=0, class_token=False, global_pool="avg")
     encoder = MaskedVisionTransformerTIMM(vit)
-    predictor = IJEPAPredictorTIMM(num_patches=196, depth=6, mlp_dim=384, predictor_embed_dim=384, num_heads=6, qkv_bias=True,
-                                   mlp_ratio=4.0, drop_path_rate=0.0, proj_drop_rate=0.0, attn_drop_rate=0.0)
+    predictor = IJEPAPredictorTIMM(num_patches=196, depth=6, mlp_dim=384, predictor_embed_dim=384, num_heads=6,
+                                   qkv_bias=True, mlp_ratio=4.0, drop_path_rate=0.0, proj_drop_rate=0.0, attn_drop_rate=0.0)
     target = copy.deepcopy(encoder).requires_grad_(False)
     model = nn.ModuleDict({"encoder": encoder, "predictor": predictor, "target_encoder": target})
     images = torch.randn(BATCH, 3, 224, 224)
@@ -81,7 +78,6 @@ def ijepa():
 
 @contextlib.contextmanager
 def lejepa():
-    allow_torchvision()
     import timm
     from lightly.loss import LeJEPALoss
     from lightly.models.modules import LeJEPAProjectionHead

@@ -1,4 +1,4 @@
-"""LeWorldModel of stable-worldmodel: the imagined rollout of a planner, and a training step from frames."""
+"""LeWorldModel of stable-worldmodel: the imagined rollout of a planner."""
 
 import contextlib
 import pathlib
@@ -27,7 +27,8 @@ def rollout(path: pathlib.Path):
         torch.manual_seed(0)
         encoder = ViTModel(ViTConfig(hidden_size=DIM, num_hidden_layers=12, num_attention_heads=3, intermediate_size=4 * DIM,
                                      patch_size=14, image_size=224), add_pooling_layer=False)
-        predictor = parts.Predictor(num_frames=3, depth=6, heads=16, mlp_dim=2048, input_dim=DIM, hidden_dim=DIM, dropout=0.1)
+        predictor = parts.Predictor(num_frames=3, depth=6, heads=16, mlp_dim=2048, input_dim=DIM, hidden_dim=DIM,
+                                    dropout=0.1)
         for layer in predictor.transformer.layers:
             nn.init.normal_(layer.adaLN_modulation[-1].weight, std=0.02)  # as trained: at first, all gates are closed
         model = world.LeWM(encoder, predictor, parts.Embedder(10, 10, DIM), parts.MLP(DIM, 2048, DIM, nn.BatchNorm1d),
