@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import os
 import pathlib
 import sys
 import types
@@ -101,7 +102,7 @@ class Report:
                 continue
             if getattr(vars(module).get(name), "is_of_jepa_fast", False):
                 self.keep(what, _PATCHED)
-            elif name in vars(module):
+            elif has_own(module, name):
                 self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
@@ -155,6 +156,12 @@ class Report:
         return "\n".join(lines)
 
 
+def has_own(module: nn.Module, name: str) -> bool:
+    """Whether a method of an instance is another than its class's."""
+    own = vars(module).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
+
+
 def check_signature(function: Callable, expected: Callable, where: str) -> None:
     """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`."""
     found, wanted = (inspect.signature(f).parameters.values() for f in (function, expected))
@@ -178,10 +185,9 @@ def modules_defining(*names: str, among: Iterable[types.ModuleType] | None = Non
 
 def modules_of_checkout(module: types.ModuleType) -> list[types.ModuleType]:
     """The loaded modules whose files lie in the same checkout: beside or below the folder that `module` is imported from."""
-    depth = module.__name__.count(".") + 1
-    root = pathlib.Path(module.__file__).resolve().parents[depth - 1]
+    root = pathlib.Path(os.path.abspath(module.__file__)).parents[module.__name__.count(".")]
     return [other for other in list(sys.modules.values()) if isinstance(other, types.ModuleType)
-            and getattr(other, "__file__", None) and root in pathlib.Path(other.__file__).resolve().parents]
+            and os.path.abspath(getattr(other, "__file__", None) or "").startswith(f"{root}{os.sep}")]
 
 
 def modules_behind(model: nn.Module) -> list[types.ModuleType]:

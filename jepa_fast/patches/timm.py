@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import gather_tokens, varlen_attention_qkv
-from ._block import BlockParts, cu_seqlens, gains, has_inner_hooks, is_transformed, run_block, why_never, why_not_now
+from ._block import FLOATS, BlockParts, cu_seqlens, gains, has_inner_hooks, is_transformed, run_block, why_never, why_not_now
 from ._report import Report, check_signature
 
 # class -> its module, and what its forward must take
@@ -35,7 +35,6 @@ _RELIED_ON = {
     "LayerNorm": ("timm.layers.norm", lambda self, x: 0),
 }
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kind(part: nn.Module) -> str | None:
@@ -160,7 +159,7 @@ def why_other_attention(attn: nn.Module) -> str | None:
 
 def why_not_attend(attn: nn.Module, x: Tensor) -> str | None:
     """Why this call of an attention must run timm's code."""
-    if x.dim() != 3 or x.dtype not in _FLOATS:
+    if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if any(type(layer) is not nn.Linear for layer in projections(attn)):
         return "its projections are no plain Linears"
@@ -267,7 +266,7 @@ def fast_patch_dropout_with_indices(original, self, x):
 
 
 def _drops_otherwise(self: nn.Module, x: Tensor) -> bool:
-    return not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in _FLOATS or not gains(x)
+    return not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in FLOATS or not gains(x)
 
 
 def drop_patches(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
