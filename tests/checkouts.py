@@ -35,7 +35,10 @@ def checkout(path: str | pathlib.Path, *names: str) -> Iterator[list[ModuleType]
 
 
 def _forget_compiled(own: set[str]) -> None:
-    """Drop the names under which torch.compile keeps imported modules in the namespaces of what it compiled."""
+    """Let torch.compile import modules of these names anew: it keeps them, also in the namespaces of what it compiled."""
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    if dynamo is not None:
+        dynamo._import_module.cache_clear()
     for module in list(sys.modules.values()):
         for name in [name for name in vars(module) if name.startswith("__import_")]:
             if name.removeprefix("__import_").partition("_dot_")[0] in own:

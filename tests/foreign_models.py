@@ -36,7 +36,7 @@ def assert_as_good(ours, theirs, exact, kind: str) -> None:
 
 
 def train(loss_of, models: list[nn.Module], batches: list) -> list[float]:
-    """Losses of one training step per batch: AdamW, and the moving average of the first model as the last one of the loss."""
+    """Losses of one training step per batch: AdamW, and a moving average of the first model, the target of the loss."""
     models = [copy.deepcopy(model) for model in models]
     target = copy.deepcopy(models[0])
     optimizer = torch.optim.AdamW([parameter for model in models for parameter in model.parameters()], lr=1e-2)

@@ -101,7 +101,8 @@ def test_one_model_only(code):
     before = encoder(x)
     with unchanged(code):
         report = ijepa.apply(encoder)
-        assert report.replaced == {"Block.forward": 2, "Attention.forward": 2, "apply_masks": 1, "repeat_interleave_batch": 1}
+        assert report.replaced == {"Block.forward": 2, "Attention.forward": 2, "apply_masks": 1,
+                                   "repeat_interleave_batch": 1}
         assert list(encoder.state_dict()) == keys and "forward" not in vars(other.blocks[0])
         torch.testing.assert_close(encoder(x), before)
         torch.testing.assert_close(copy.deepcopy(encoder)(x), before)
