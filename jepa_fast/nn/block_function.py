@@ -160,7 +160,8 @@ class _Block(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("a block has no second derivative: call backward() or grad() without create_graph")
         how, num_weights = ctx.how, len(BlockWeights._fields)
-        copies, kept = BlockWeights(*ctx.saved_tensors[:num_weights]), ctx.saved_tensors[num_weights:]
+        saved = ctx.saved_tensors   # once: non-reentrant checkpointing refuses a second time
+        copies, kept = BlockWeights(*saved[:num_weights]), saved[num_weights:]
         kept = _forward(*kept, copies, how)[1] if how.activations == "checkpoint" else _Kept(*kept)
         if how.activations == "lean":
             norm = torch.ops.jepa_fast.layer_norm

@@ -6,6 +6,7 @@ compilation), the block's own code runs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..nn.block_function import BlockWeights, How, block
+from ..nn.block import Sequences
+from ..nn.block_function import Activations, BlockWeights, How, block
+from ._report import has_own
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
+MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
 
 
 class BlockParts(NamedTuple):
     """x + scale1 proj(attention(qkv(norm1(x)))), then x + scale2 fc2(gelu(fc1(norm2(x))))."""
 
     norm1: nn.LayerNorm
-    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value
+    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value; or `make_qkv`
     proj: nn.Linear
     norm2: nn.LayerNorm
     fc1: nn.Linear
@@ -34,13 +39,14 @@ class BlockParts(NamedTuple):
     dropouts: tuple[nn.Module, ...] = ()    # that must not drop
     scale1: Tensor | None = None            # [D], LayerScale of a branch
     scale2: Tensor | None = None
+    make_qkv: Callable[[], tuple[Tensor, Tensor]] | None = None  # weight [3 D, D] and bias, if not just those of `qkv`
 
 
 def why_never(parts: BlockParts) -> str | None:
     """Why a block cannot be computed as ours, whatever comes in; None where it can."""
-    for name, layer in (("qkv", parts.qkv[0]), ("qkv", parts.qkv[-1]), ("proj", parts.proj), ("fc1", parts.fc1),
-                        ("fc2", parts.fc2)):
-        if type(layer) is not nn.Linear:
+    layers = [("qkv", layer) for layer in parts.qkv] + [("proj", parts.proj), ("fc1", parts.fc1), ("fc2", parts.fc2)]
+    for name, layer in layers:
+        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return f"{name} is a {type(layer).__name__}, no plain Linear"
     for norm in (parts.norm1, parts.norm2):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
@@ -62,44 +68,80 @@ def is_exact_gelu(act) -> bool:
     return act is F.gelu or getattr(act, "act", None) is F.gelu  # Hugging Face's GELUActivation
 
 
-def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor) -> str | None:
-    """Why this call of a block (`owner`) must run its own code; None where ours computes the same."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
+                is_idle: Callable[[Callable], bool] = lambda hook: False) -> str | None:
+    """Why this call of a block (`owner`) must run its own code; None where ours computes the same.
+
+    is_idle: whether a forward hook would do nothing now.
+    """
+    if is_transformed(x):
         return "it is being compiled, traced or transformed"
-    if x.dim() != 3 or x.dtype not in _FLOATS:
+    if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
         return f"x is {x.dtype}, its weights {parts.proj.weight.dtype}"
     if any(dropout.p > 0 and dropout.training for dropout in parts.dropouts):
         return "its dropout drops"
-    if has_inner_hooks(owner):
+    if has_inner_hooks(owner, is_idle):
         return "its parts have hooks"
+    if product_dtype(x) == torch.float16 and (parts.scale1 is not None or parts.scale2 is not None):
+        return "weights times LayerScale can be too small for float16"
     return why_never(parts)
 
 
-def has_inner_hooks(owner: nn.Module) -> bool:
+def is_transformed(x: Tensor | None = None) -> bool:
+    """Whether torch.compile, a tracer (x may be a torch.fx.Proxy) or functorch looks on."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or not isinstance(x, Tensor | None))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which F.linear would compute."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def gains(x: Tensor) -> bool:
+    """Whether a block of x [B, N, D] is large enough to be faster; measured on a CPU, and taken to be on a GPU."""
+    if x.device.type != "cpu" or x.dim() != 3:
+        return True
+    tokens = x.shape[0] * x.shape[1]
+    is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
+    return (tokens >= (MIN_TOKENS_HALF if is_half else MIN_TOKENS)
+            and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
+
+
+def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:
     """Whether a part of a module would miss its hooks, or a forward of its own, if it were not called."""
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return True
-    return any(part is not owner and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                                      or part._backward_pre_hooks or _is_wrapped(part)) for part in owner.modules())
+    return any(part is not owner and (part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+                                      or not all(map(is_idle, part._forward_hooks.values())) or _is_wrapped(part))
+               for part in owner.modules())
 
 
 def _is_wrapped(part: nn.Module) -> bool:
-    forward = vars(part).get("forward")
-    return forward is not None and not getattr(forward, "is_of_jepa_fast", False)
+    return has_own(part, "forward") and not getattr(part.forward, "is_of_jepa_fast", False)
 
 
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
     """x [B, N, D] -> [B, N, D]. rotary [B * N, 2, R] and frame_size as `ops.varlen_attention` takes them."""
     B, N, D = x.shape
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
+    sequences = Sequences(cu_seqlens(B, N, x.device), N, rotary, frame_size)
+    scales = tuple(_row_scale(drop_path, x, dtype) for drop_path in (parts.drop_path1, parts.drop_path2))
+    return run_packed(x.reshape(B * N, D), parts, sequences, scales=scales).view(B, N, D)
+
+
+def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: Activations = "all",
+               scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+    """Sequences of any lengths, end to end: x [P, D] -> [P, D]. scales [P, 1]: what each branch is multiplied by."""
+    dtype = product_dtype(x)
     weights = _weights(parts)
     copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
-    how = How(cu_seqlens(B, N, x.device), N, rotary, frame_size, parts.num_heads, parts.norm1.eps, dtype, "all",
-              _row_scale(parts.drop_path1, x, dtype), _row_scale(parts.drop_path2, x, dtype))
-    return block(x.reshape(B * N, D), weights, copies, how).view(B, N, D)
+    how = How(sequences.cu_seqlens, sequences.max_seqlen, sequences.rotary, sequences.frame_size, parts.num_heads,
+              parts.norm1.eps, dtype, activations, *scales)
+    return block(x, weights, copies, how)
 
 
 _IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")
@@ -111,7 +153,9 @@ def _weights(parts: BlockParts) -> BlockWeights:
         weight, bias = layer.weight, _bias(layer)
         return (weight, bias) if scale is None else (weight * scale.unsqueeze(1), bias * scale)
 
-    if len(parts.qkv) == 1:
+    if parts.make_qkv is not None:
+        qkv_weight, qkv_bias = parts.make_qkv()
+    elif len(parts.qkv) == 1:
         qkv_weight, qkv_bias = parts.qkv[0].weight, _bias(parts.qkv[0])
     else:
         qkv_weight, qkv_bias = torch.cat([layer.weight for layer in parts.qkv]), torch.cat(list(map(_bias, parts.qkv)))

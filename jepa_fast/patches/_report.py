@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 _ABSENT = object()
+_PATCHED = "is patched already"
 
 
 class PatchError(RuntimeError):
@@ -83,13 +84,15 @@ class Report:
         """
         original, what = getattr(cls, name), f"{cls.__name__}.{name}"
         if getattr(original, "is_of_jepa_fast", False):
-            self.keep(what, "the class is patched already")
+            self.keep(what, _PATCHED)
             return
 
-        @functools.wraps(original)
         def method(self, *args, **kwargs):
             return fast(original, self, *args, **kwargs)
 
+        # torch.jit.script compiles the original's source, and looks names up in the globals of the function
+        method = functools.wraps(original)(types.FunctionType(method.__code__, original.__globals__, name, None,
+                                                              method.__closure__))
         method.is_of_jepa_fast = True
         if model is None:
             self.replace(cls, name, method, what)
@@ -97,7 +100,9 @@ class Report:
         for module in model.modules():
             if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
-            if name in vars(module):
+            if getattr(vars(module).get(name), "is_of_jepa_fast", False):
+                self.keep(what, _PATCHED)
+            elif has_own(module, name):
                 self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
@@ -121,7 +126,7 @@ class Report:
         """Make another report a part of this one."""
         for what, count in other.replaced.items():
             self.replaced[what] = self.replaced.get(what, 0) + count
-        self.kept |= other.kept
+        self.kept |= {what: why for what, why in other.kept.items() if why != _PATCHED or what not in self.replaced}
         self.notes += [note for note in other.notes if note not in self.notes]
         self._replacements += other._replacements
         other._replacements = []
@@ -149,6 +154,12 @@ class Report:
             if rows:
                 lines += [title, *(f"  {row}" for row in rows)]
         return "\n".join(lines)
+
+
+def has_own(module: nn.Module, name: str) -> bool:
+    """Whether a method of an instance is another than its class's."""
+    own = vars(module).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
 
 
 def check_signature(function: Callable, expected: Callable, where: str) -> None:
