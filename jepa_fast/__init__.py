@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PIECES = {
     "AdamWEMA": "optim", "SIGReg": "nn", "ema_update_": "ops",
+    "register_hf_attention": "patches._hf",
 }
 
 

@@ -44,6 +44,8 @@ def why_never(parts: BlockParts) -> str | None:
                         ("fc2", parts.fc2)):
         if type(layer) is not nn.Linear:
             return f"{name} is a {type(layer).__name__}, no plain Linear"
+        if type(layer.weight) not in (nn.Parameter, Tensor):  # quantised, distributed, fake
+            return f"the weight of {name} is a {type(layer.weight).__name__}"
     for norm in (parts.norm1, parts.norm2):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"its norm is {type(norm).__name__}, no LayerNorm with weight and bias"
@@ -72,6 +74,8 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
     """
     if is_traced():
         return "it is being compiled, traced or transformed"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}"
     if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
@@ -111,7 +115,8 @@ def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_
     copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
     how = How(cu_seqlens(B, N, x.device), N, rotary, frame_size, parts.num_heads, parts.norm1.eps, dtype, "all",
               _row_scale(parts.drop_path1, x, dtype), _row_scale(parts.drop_path2, x, dtype))
-    return block(x.reshape(B * N, D), weights, copies, how).view(B, N, D)
+    out = block(x.reshape(B * N, D), weights, copies, how)
+    return torch.ops.aten._unsafe_view(out, (B, N, D))  # no view, as no other block returns one: FSDP's hooks warn of views
 
 
 _IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")
