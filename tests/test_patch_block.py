@@ -104,7 +104,8 @@ def test_numbers(options, kind, report):
     theirs = results(block, x, autocast=kind == "autocast")
     report.replace_method(Foreign, "forward", fast)
     ours = results(block, x, autocast=kind == "autocast")
-    assert RUNS == [None]
+    is_original = kind == "float16" and options.get("layer_scale")
+    assert RUNS == ["weights times LayerScale can be too small for float16" if is_original else None]
     assert_as_good(ours, theirs, exact, {"float64": 1e-13, "float32": 1e-6}.get(kind, 2e-3))
 
 

@@ -79,6 +79,14 @@ PYBIND11_MODULE(_masking, m) {
 
   py::class_<masking::TorchGenerator>(m, "PositionStream")
       .def(py::init<uint64_t, uint64_t>(), py::arg("seed"), py::arg("draws") = 0)
+      .def_static(
+          "continue_from",
+          [](const std::vector<uint32_t>& words, size_t used) {
+            if (words.size() != 624 || used > 624)
+              throw std::invalid_argument("words must be the 624 of an mt19937, used at most 624");
+            return masking::TorchGenerator(words, used);
+          },
+          py::arg("words"), py::arg("used"))
       .def("integer", &masking::TorchGenerator::integer, py::arg("n"))
       .def("uniform", &masking::TorchGenerator::uniform)
       .def_property_readonly("draws", &masking::TorchGenerator::draws);

@@ -1,9 +1,11 @@
 // Random numbers for the mask samplers: PyTorch's CPU generator, and Philox for numbers that depend on nothing before.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <random>
+#include <vector>
 
 namespace jepa_fast::masking {
 
@@ -12,6 +14,14 @@ class TorchGenerator {
  public:
   explicit TorchGenerator(uint64_t seed, uint64_t draws = 0) : engine_(static_cast<uint32_t>(seed)), draws_(draws) {
     engine_.discard(draws);
+  }
+
+  // goes on where a generator of PyTorch's stands: its 624 words, of which `used` have been taken
+  TorchGenerator(const std::vector<uint32_t>& words, size_t used) : draws_(0) {
+    Seeds seeds{words};
+    // the words as an older state: the engine makes new ones at its first number; what is left of them is kept aside
+    engine_.seed(seeds);
+    for (size_t i = words.size(); i > used; --i) left_.push_back(temper(words[i - 1]));
   }
 
   // torch.randint(0, n, (1,)) for n < 2^28
@@ -25,10 +35,31 @@ class TorchGenerator {
  private:
   uint32_t next() {
     ++draws_;
-    return static_cast<uint32_t>(engine_());
+    if (left_.empty()) return static_cast<uint32_t>(engine_());
+    const uint32_t word = left_.back();
+    left_.pop_back();
+    return word;
   }
 
+  static uint32_t temper(uint32_t y) {
+    y ^= y >> 11;
+    y ^= (y << 7) & 0x9D2C5680;
+    y ^= (y << 15) & 0xEFC60000;
+    return y ^ (y >> 18);
+  }
+
+  // a seed sequence that is the state itself
+  struct Seeds {
+    using result_type = uint32_t;
+    const std::vector<uint32_t>& words;
+    template <typename Iterator>
+    void generate(Iterator begin, Iterator end) {
+      std::copy_n(words.begin(), end - begin, begin);
+    }
+  };
+
   std::mt19937 engine_;
+  std::vector<uint32_t> left_;  // the next number last
   uint64_t draws_;
 };
 

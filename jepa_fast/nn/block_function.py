@@ -160,7 +160,7 @@ class _Block(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("a block has no second derivative: call backward() or grad() without create_graph")
         how, num_weights = ctx.how, len(BlockWeights._fields)
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes them when they are asked for
+        saved = ctx.saved_tensors   # once: non-reentrant checkpointing refuses a second time
         copies, kept = BlockWeights(*saved[:num_weights]), saved[num_weights:]
         kept = _forward(*kept, copies, how)[1] if how.activations == "checkpoint" else _Kept(*kept)
         if how.activations == "lean":

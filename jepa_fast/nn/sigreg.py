@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Quadrature, sigreg
+from .sigreg_sources import SOURCES
 
 # what each source computes; where a source draws directions from the global generator, which cannot be repeated, ours
 # are counter-based. x [..., N, D] as the source passes it on: views first, LeWM time first. Knots on [0, t_max], for
@@ -56,10 +57,17 @@ class SIGReg(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **options) -> "SIGReg":
-        """A variant by the name of its source; `options` override the preset's."""
+        """What a source computes, in this class and with its options; `options` override the preset's."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name] | options)
+
+    @staticmethod
+    def from_source(name: str, *args, **kwargs) -> nn.Module:
+        """A drop-in for a source's own module: its constructor, buffers, state-dict and random numbers."""
+        if name not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {name!r}")
+        return SOURCES[name](*args, **kwargs)
 
     def forward(self, x: Tensor, row_mask: Tensor | None = None, directions: Tensor | None = None) -> Tensor:
         """x [..., N, D] -> scalar float32, or [..., K] for reduction None. `directions` [D, K] replace drawn ones."""

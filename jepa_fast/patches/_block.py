@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..nn.block_function import BlockWeights, How, block
+from ..nn.block import Sequences
+from ..nn.block_function import Activations, BlockWeights, How, block
 from ._report import has_own
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
+MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
 
 
 class BlockParts(NamedTuple):
     """x + scale1 proj(attention(qkv(norm1(x)))), then x + scale2 fc2(gelu(fc1(norm2(x))))."""
 
     norm1: nn.LayerNorm
-    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value
+    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value; or `make_qkv`
     proj: nn.Linear
     norm2: nn.LayerNorm
     fc1: nn.Linear
@@ -36,13 +39,14 @@ class BlockParts(NamedTuple):
     dropouts: tuple[nn.Module, ...] = ()    # that must not drop
     scale1: Tensor | None = None            # [D], LayerScale of a branch
     scale2: Tensor | None = None
+    make_qkv: Callable[[], tuple[Tensor, Tensor]] | None = None  # weight [3 D, D] and bias, if not just those of `qkv`
 
 
 def why_never(parts: BlockParts) -> str | None:
     """Why a block cannot be computed as ours, whatever comes in; None where it can."""
-    for name, layer in (*(("qkv", layer) for layer in parts.qkv), ("proj", parts.proj), ("fc1", parts.fc1),
-                        ("fc2", parts.fc2)):
-        if type(layer) is not nn.Linear:
+    layers = [("qkv", layer) for layer in parts.qkv] + [("proj", parts.proj), ("fc1", parts.fc1), ("fc2", parts.fc2)]
+    for name, layer in layers:
+        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return f"{name} is a {type(layer).__name__}, no plain Linear"
         if type(layer.weight) not in (nn.Parameter, Tensor):  # quantised, distributed, fake
             return f"the weight of {name} is a {type(layer.weight).__name__}"
@@ -72,7 +76,7 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
 
     is_idle: whether a forward hook would do nothing now.
     """
-    if is_traced():
+    if is_transformed(x):
         return "it is being compiled, traced or transformed"
     if x.device.type not in ("cpu", "cuda"):
         return f"x is on {x.device}"
@@ -84,13 +88,31 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
         return "its dropout drops"
     if has_inner_hooks(owner, is_idle):
         return "its parts have hooks"
+    if product_dtype(x) == torch.float16 and (parts.scale1 is not None or parts.scale2 is not None):
+        return "weights times LayerScale can be too small for float16"
     return why_never(parts)
 
 
-def is_traced() -> bool:
-    """Whether the code that runs is being compiled, traced or transformed."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active())
+def is_transformed(x: Tensor | None = None) -> bool:
+    """Whether torch.compile, a tracer (x may be a torch.fx.Proxy) or functorch looks on."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or not isinstance(x, Tensor | None))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which F.linear would compute."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def gains(x: Tensor) -> bool:
+    """Whether a block of x [B, N, D] is large enough to be faster; measured on a CPU, and taken to be on a GPU."""
+    if x.device.type != "cpu" or x.dim() != 3:
+        return True
+    tokens = x.shape[0] * x.shape[1]
+    is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
+    return (tokens >= (MIN_TOKENS_HALF if is_half else MIN_TOKENS)
+            and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
 
 
 def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:
@@ -109,14 +131,22 @@ def _is_wrapped(part: nn.Module) -> bool:
 def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_size: int = 0) -> Tensor:
     """x [B, N, D] -> [B, N, D]. rotary [B * N, 2, R] and frame_size as `ops.varlen_attention` takes them."""
     B, N, D = x.shape
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
+    sequences = Sequences(cu_seqlens(B, N, x.device), N, rotary, frame_size)
+    scales = tuple(_row_scale(drop_path, x, dtype) for drop_path in (parts.drop_path1, parts.drop_path2))
+    out = run_packed(x.reshape(B * N, D), parts, sequences, scales=scales)
+    return torch.ops.aten._unsafe_view(out, (B, N, D))  # no view, as no other block returns one: FSDP's hooks warn of views
+
+
+def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: Activations = "all",
+               scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+    """Sequences of any lengths, end to end: x [P, D] -> [P, D]. scales [P, 1]: what each branch is multiplied by."""
+    dtype = product_dtype(x)
     weights = _weights(parts)
     copies = weights._replace(**{name: getattr(weights, name).detach().to(dtype) for name in _IN_PRODUCTS})
-    how = How(cu_seqlens(B, N, x.device), N, rotary, frame_size, parts.num_heads, parts.norm1.eps, dtype, "all",
-              _row_scale(parts.drop_path1, x, dtype), _row_scale(parts.drop_path2, x, dtype))
-    out = block(x.reshape(B * N, D), weights, copies, how)
-    return torch.ops.aten._unsafe_view(out, (B, N, D))  # no view, as no other block returns one: FSDP's hooks warn of views
+    how = How(sequences.cu_seqlens, sequences.max_seqlen, sequences.rotary, sequences.frame_size, parts.num_heads,
+              parts.norm1.eps, dtype, activations, *scales)
+    return block(x, weights, copies, how)
 
 
 _IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")
@@ -128,7 +158,9 @@ def _weights(parts: BlockParts) -> BlockWeights:
         weight, bias = layer.weight, _bias(layer)
         return (weight, bias) if scale is None else (weight * scale.unsqueeze(1), bias * scale)
 
-    if len(parts.qkv) == 1:
+    if parts.make_qkv is not None:
+        qkv_weight, qkv_bias = parts.make_qkv()
+    elif len(parts.qkv) == 1:
         qkv_weight, qkv_bias = parts.qkv[0].weight, _bias(parts.qkv[0])
     else:
         qkv_weight, qkv_bias = torch.cat([layer.weight for layer in parts.qkv]), torch.cat(list(map(_bias, parts.qkv)))

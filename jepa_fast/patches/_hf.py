@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import varlen_attention
-from ._block import FLOATS, BlockParts, cu_seqlens, is_traced, run_block, why_not_now
+from ._block import FLOATS, BlockParts, cu_seqlens, is_transformed, run_block, why_not_now
 from ._report import PatchError, Report, check_signature, has_own
 
 ATTENTION = "jepa_fast"
@@ -166,8 +166,8 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     from transformers import AttentionInterface
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if (is_traced() or attention_mask is not None or dropout or (causal and query.shape[2] > 1) or has_options((), kwargs)
-            or not _fits(query, key, value)):
+    if (is_transformed() or attention_mask is not None or dropout or (causal and query.shape[2] > 1)
+            or has_options((), kwargs) or not _fits(query, key, value)):
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                             is_causal=is_causal, **kwargs)
     B, H, N, d = query.shape

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import os
 import pathlib
 import sys
 import types
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 _ABSENT = object()
+_PATCHED = "is patched already"
 
 
 class PatchError(RuntimeError):
@@ -82,21 +84,25 @@ class Report:
         """
         original, what = getattr(cls, name), f"{cls.__name__}.{name}"
         if getattr(original, "is_of_jepa_fast", False):
-            self.keep(what, "the class is patched already")
+            self.keep(what, _PATCHED)
             return
 
-        @functools.wraps(original)
         def method(self, *args, **kwargs):
             return fast(original, self, *args, **kwargs)
 
+        # torch.jit.script compiles the original's source, and looks names up in the globals of the function
+        method = functools.wraps(original)(types.FunctionType(method.__code__, original.__globals__, name, None,
+                                                              method.__closure__))
         method.is_of_jepa_fast = True
         if model is None:
             self.replace(cls, name, method, what)
             return
         for module in model.modules():
-            if type(module) is not cls:
+            if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
-            if has_own(module, name):
+            if getattr(vars(module).get(name), "is_of_jepa_fast", False):
+                self.keep(what, _PATCHED)
+            elif has_own(module, name):
                 self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
@@ -120,7 +126,7 @@ class Report:
         """Make another report a part of this one."""
         for what, count in other.replaced.items():
             self.replaced[what] = self.replaced.get(what, 0) + count
-        self.kept |= other.kept
+        self.kept |= {what: why for what, why in other.kept.items() if why != _PATCHED or what not in self.replaced}
         self.notes += [note for note in other.notes if note not in self.notes]
         self._replacements += other._replacements
         other._replacements = []
@@ -179,10 +185,9 @@ def modules_defining(*names: str, among: Iterable[types.ModuleType] | None = Non
 
 def modules_of_checkout(module: types.ModuleType) -> list[types.ModuleType]:
     """The loaded modules whose files lie in the same checkout: beside or below the folder that `module` is imported from."""
-    depth = module.__name__.count(".") + 1
-    root = pathlib.Path(module.__file__).resolve().parents[depth - 1]
+    root = pathlib.Path(os.path.abspath(module.__file__)).parents[module.__name__.count(".")]
     return [other for other in list(sys.modules.values()) if isinstance(other, types.ModuleType)
-            and getattr(other, "__file__", None) and root in pathlib.Path(other.__file__).resolve().parents]
+            and os.path.abspath(getattr(other, "__file__", None) or "").startswith(f"{root}{os.sep}")]
 
 
 def modules_behind(model: nn.Module) -> list[types.ModuleType]:

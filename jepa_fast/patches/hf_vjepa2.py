@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import gather_tokens
 from . import _hf
-from ._block import BlockParts, is_traced, run_block, why_not_now
+from ._block import BlockParts, is_transformed, run_block, why_not_now
 from ._report import Report, check_signature
 from ._rotary import RotaryTables
 
@@ -156,7 +156,7 @@ def _original_rotary(attention: nn.Module, x: Tensor, position_mask: Tensor | No
 
 def _predictor_embeddings(original, self, hidden_states, context_mask, target_mask, mask_index=1):
     """The mask token, once per target: not repeated up to the last position, which the host would have to be told."""
-    if is_traced() or not len(context_mask) == len(target_mask) == 1 or target_mask[0].dim() != 2:
+    if is_transformed() or not len(context_mask) == len(target_mask) == 1 or target_mask[0].dim() != 2:
         return original(self, hidden_states, context_mask, target_mask, mask_index)
     context = self.predictor_embeddings(hidden_states)
     token = self.mask_tokens[mask_index % self.num_mask_tokens]
@@ -166,7 +166,7 @@ def _predictor_embeddings(original, self, hidden_states, context_mask, target_ma
 
 def _sort_tokens(original, self, hidden_states, position_masks, argsort, head_mask=None, *, is_v4):
     head_masks = [head_mask] if is_v4 else []
-    if is_traced() or (head_mask is not None and head_mask[0] is not None) or not _can_gather(hidden_states, argsort):
+    if is_transformed() or (head_mask is not None and head_mask[0] is not None) or not _can_gather(hidden_states, argsort):
         return original(self, hidden_states, position_masks, argsort, *head_masks)
     with torch.inference_mode(False):  # so that layers can tell whether it was written to
         position_masks = position_masks.gather(1, argsort)
@@ -174,7 +174,7 @@ def _sort_tokens(original, self, hidden_states, position_masks, argsort, head_ma
 
 
 def _unsort_tokens(original, self, hidden_states, argsort):
-    if is_traced() or not _can_gather(hidden_states, argsort):
+    if is_transformed() or not _can_gather(hidden_states, argsort):
         return original(self, hidden_states, argsort)
     return gather_tokens(hidden_states, argsort.argsort(dim=1))
 
@@ -182,7 +182,7 @@ def _unsort_tokens(original, self, hidden_states, argsort):
 def _apply_masks(original):
     @functools.wraps(original)
     def apply_masks(tensor, masks):
-        if is_traced() or not masks or not all(_can_gather(tensor, mask) for mask in masks):
+        if is_transformed() or not masks or not all(_can_gather(tensor, mask) for mask in masks):
             return original(tensor, masks)
         return torch.cat([gather_tokens(tensor, mask) for mask in masks])
 
