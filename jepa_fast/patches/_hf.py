@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import varlen_attention
-from ._block import FLOATS, BlockParts, cu_seqlens, is_transformed, run_block, why_not_now
+from ._block import FLOATS, BlockParts, cu_seqlens, gains, is_transformed, product_dtype, run_block, why_not_now
 from ._report import PatchError, Report, check_signature, has_own
 
 ATTENTION = "jepa_fast"
 WHERE_ORIGINAL = ("its own code runs with attention masks, output_attentions, dropout that drops and hooks on parts, under "
-                  "torch.compile, and on CPUs, where ours was measured as slower, in float16{}")
+                  "torch.compile, and on CPUs, where ours was measured as slower, for few tokens, in float16{}")
+# on a CPU, fewer gain nothing: tokens of layers with rotary positions, and numbers of a float32 stream without them
+MIN_TOKENS, MIN_NUMBERS = 128, 150_000
 
 
 def modeling(name: str) -> types.ModuleType:
@@ -44,12 +46,19 @@ def is_idle(hook: Callable) -> bool:
 
 
 def is_slower(x: Tensor, weight: Tensor, has_rotary: bool) -> bool:
-    """Whether this was measured as slower than the original: on CPUs float16, and bfloat16 inference without rotary."""
+    """Whether a layer of x [B, N, D] was measured as slower than the original: on CPUs, for few tokens, 16-bit inference."""
     if x.device.type != "cpu":
         return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = product_dtype(x)
+    if has_rotary:
+        return dtype == torch.float16 or x.shape[0] * x.shape[1] < MIN_TOKENS
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not has_rotary and not trains)
+    return not gains(x) or _prefers_sdpa(dtype, trains) or (dtype.itemsize > 2 and x.numel() < MIN_NUMBERS)
+
+
+def _prefers_sdpa(dtype: torch.dtype, trains: bool) -> bool:
+    """Whether PyTorch's 16-bit attention was measured as faster on CPUs."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not trains)
 
 
 def replace_layer(report: Report, cls: type, fast: Callable, model: nn.Module | None) -> None:
@@ -161,7 +170,7 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """The "jepa_fast" of `attn_implementation`: query [B, H, N, d], key and value [B, H, M, d] -> ([B, N, H, d], None).
 
     `varlen_attention` where it computes the same and is not slower; transformers' "sdpa" for masks, dropout, causal or
-    grouped heads, under torch.compile, and where it is slower: for float16 and bfloat16 inference on CPUs.
+    grouped heads, under torch.compile, and where it is slower: on CPUs for few tokens, float16 and bfloat16 inference.
     """
     from transformers import AttentionInterface
 
@@ -183,4 +192,6 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if query.device.type not in ("cpu", "cuda") or query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
         return False
-    return not is_slower(query, query, has_rotary=False)
+    is_small = query.shape[0] * query.shape[2] < MIN_TOKENS
+    trains = torch.is_grad_enabled() and query.requires_grad
+    return query.is_cuda or not (is_small or _prefers_sdpa(query.dtype, trains))
