@@ -37,6 +37,6 @@ def why_not_now(x: Tensor, owner: nn.Module, num_slices: int, knots: nn.Module |
 def note_numerics(report: Report) -> None:
     """What differs from every original."""
     report.note("losses are float32 also under autocast, where the original rounds them to the lower precision")
-    report.note("the original runs for few projections on a CPU, in float64, for knots that are not evenly spaced, where parts "
-                "have hooks, and under torch.compile")
+    report.note("the original runs for few projections on a CPU, in float64, for knots that are not evenly spaced, where "
+                "parts have hooks, and under torch.compile")
     report.note("the loss cannot be differentiated twice (create_graph=True)")
