@@ -41,7 +41,7 @@ def roll(world: nn.Module, first: Tensor, actions: Tensor, history: int) -> Tens
     kept: list = [None] * len(transformer.layers)
     for end in range(first.shape[1], actions.shape[1] + 1):
         begin = max(0, end - history)
-        start = begin if kept[0] is None else end - 1
+        start = end - 1 if any(kept) else begin
         x = torch.stack(states[start:end], 1) + predictor.pos_embedding[:, start - begin:end - begin]
         x = transformer.input_proj(x)
         for i, layer in enumerate(transformer.layers):
