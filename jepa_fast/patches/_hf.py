@@ -14,8 +14,8 @@ from ._block import FLOATS, BlockParts, cu_seqlens, is_transformed, run_block, w
 from ._report import PatchError, Report, check_signature, has_own
 
 ATTENTION = "jepa_fast"
-KEPT_FOR = ("attention masks, output_attentions, dropout that drops, hooks on parts, and torch.compile: those calls run the "
-            "original")
+WHERE_ORIGINAL = ("its own code runs with attention masks, output_attentions, dropout that drops and hooks on parts, under "
+                  "torch.compile, and on CPUs, where ours was measured as slower, in float16{}")
 
 
 def modeling(name: str) -> types.ModuleType:
@@ -40,6 +40,15 @@ def is_idle(hook: Callable) -> bool:
     if recorder is None or getattr(hook, "__module__", None) != recorder.__name__:
         return False
     return not set(recorder._active_collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}
+
+
+def is_slower(x: Tensor, weight: Tensor, has_rotary: bool) -> bool:
+    """Whether this was measured as slower than the original: on CPUs float16, and bfloat16 inference without rotary."""
+    if x.device.type != "cpu":
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not has_rotary and not trains)
 
 
 def replace_layer(report: Report, cls: type, fast: Callable, model: nn.Module | None) -> None:
@@ -68,11 +77,14 @@ def apply_to_vit(name: str, prefix: str, model: nn.Module | None) -> Report:
     with Report.of(f"hf_{name}") as report:
         if hasattr(module, f"{prefix}Intermediate"):  # transformers 4
             check_signature(cls.forward, lambda self, hidden_states, head_mask=None: 0, f"{prefix}Layer.forward")
+            if model is None:
+                report.note("recording hidden states or attentions binds a model's forwards for good (transformers 4): what "
+                            "recorded before this is not reached, what does after it is not undone")
         else:
             check_signature(cls.forward, lambda self, hidden_states, attention_mask=None, **kwargs: 0,
                             f"{prefix}Layer.forward")
         replace_layer(report, cls, _vit_layer, model)
-        report.keep(f"{prefix}Layer, at times", KEPT_FOR)
+        report.keep(f"{prefix}Layer", WHERE_ORIGINAL.format(" and in bfloat16 inference"))
         use_attention(report, model)
     return report
 
@@ -81,7 +93,8 @@ def _vit_layer(original, self, hidden_states, *masks, **options):
     parts = _vit_parts(self)
     attention = getattr(self.attention, "attention", self.attention)  # of transformers 4, of 5
     dropout = getattr(attention, "dropout_prob", None) or getattr(attention, "attention_dropout", 0.0)
-    if has_options(masks, options) or (dropout and attention.training) or why_not_now(self, parts, hidden_states, is_idle):
+    if (has_options(masks, options) or (dropout and attention.training) or why_not_now(self, parts, hidden_states, is_idle)
+            or is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
         return original(self, hidden_states, *masks, **options)
     return run_block(hidden_states, parts)
 
@@ -125,7 +138,7 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """The "jepa_fast" of `attn_implementation`: query [B, H, N, d], key and value [B, H, M, d] -> ([B, N, H, d], None).
 
     `varlen_attention` where it computes the same and is not slower; transformers' "sdpa" for masks, dropout, causal or
-    grouped heads, under torch.compile, and for 16-bit inference on CPUs.
+    grouped heads, under torch.compile, and where it is slower: for float16 and bfloat16 inference on CPUs.
     """
     from transformers import AttentionInterface
 
@@ -147,5 +160,4 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
         return False
-    is_half = query.dtype.itemsize == 2
-    return not (query.device.type == "cpu" and is_half and not (torch.is_grad_enabled() and query.requires_grad))
+    return not is_slower(query, query, has_rotary=False)

@@ -1,12 +1,11 @@
 """When a foreign SIGReg runs as ours, and what every report of one says."""
 
-import torch
 from torch import Tensor, nn
 
 from ..nn.sigreg_sources import quadrature_of
 from ..ops import TABLE
 from ..ops._define import choose
-from ._block import has_inner_hooks
+from ._block import has_inner_hooks, is_transformed
 from ._report import Report
 
 
@@ -15,7 +14,7 @@ def why_not_now(x: Tensor, owner: nn.Module, knots: nn.Module | None = None, op:
 
     x [..., N, D] goes through `op`; knots: the module with buffers t, phi and weights, where there is one.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if is_transformed(x):
         return "it is being compiled, traced or transformed"
     if x.dim() < 2 or x.numel() == 0 or not x.is_floating_point():
         return f"x is {list(x.shape)} {x.dtype}"
