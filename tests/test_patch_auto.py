@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from jepa_fast import patches
-from jepa_fast.patches import _block
 from jepa_fast.patches import lightly as lightly_patch
 
 timm = pytest.importorskip("timm")
@@ -16,8 +15,8 @@ from torchvision.models.vision_transformer import EncoderBlock  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
-    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF"):
-        monkeypatch.setattr(_block, name, 0)
+    for patch in (patches.timm, patches.torchvision):
+        monkeypatch.setattr(patch, "is_faster", lambda x: True)
     monkeypatch.setattr(lightly_patch, "MIN_PROJECTIONS", 0)
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from jepa_fast.patches import PatchError, _block, torchvision
+from jepa_fast.patches import PatchError, torchvision
 from jepa_fast.patches import lightly as patch
+from jepa_fast.patches import timm as timm_patch
 
 lightly = pytest.importorskip("lightly")
 timm = pytest.importorskip("timm")
@@ -27,10 +28,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     """Tiny inputs take the fast path too."""
-    for module, names in ((_block, ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF")),
-                          (patch, ("MIN_MOVED", "MIN_AVERAGED", "MIN_PROJECTIONS"))):
-        for name in names:
-            monkeypatch.setattr(module, name, 0)
+    for name in ("MIN_MOVED", "MIN_AVERAGED", "MIN_PROJECTIONS"):
+        monkeypatch.setattr(patch, name, 0)
+    for blocks in (timm_patch, torchvision):
+        monkeypatch.setattr(blocks, "is_faster", lambda x: True)
 
 
 def index(seed: int = 0) -> torch.Tensor:

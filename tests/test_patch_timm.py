@@ -34,9 +34,8 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
-    """Tiny models take the fast path too."""
-    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF"):
-        monkeypatch.setattr(_block, name, 0)
+    """Models take the fast path also where it is slower on a CPU."""
+    monkeypatch.setattr(patch, "is_faster", lambda x: True)
 
 
 @pytest.fixture
@@ -274,14 +273,27 @@ def test_copies(runs):
         assert len(runs) == 2  # a saved model is timm's own again
 
 
-def test_few_tokens_are_left_alone(monkeypatch, runs):
+def test_where_timm_is_faster(monkeypatch, runs):
+    monkeypatch.setattr(patch, "is_faster", _block.is_faster)
     monkeypatch.setattr(_block, "MIN_TOKENS", 16)
+    monkeypatch.setattr(_block, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(_block, "MIN_TOKENS_HALF", 0)
+    monkeypatch.setattr(_block, "MIN_PRODUCTS_HALF", 0)
+    monkeypatch.setattr(_block, "COMPILED_MISSING", None)
     model = make()
     with patch.apply(model):
         model(images(model))      # 3 x 5 tokens
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(images(model))
+        model.double()(images(model).double())
         assert not runs
+        model.float()(images(model, 4))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images(model))
+        assert runs == ["run_block"] * 4
+        monkeypatch.setattr(_block, "COMPILED_MISSING", "there is no C++ compiler")
         model(images(model, 4))
-    assert runs == ["run_block"] * 2
+    assert len(runs) == 4
 
 
 def test_another_timm_is_refused(monkeypatch):

@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 
 from ..nn.block import Sequences
 from ..nn.block_function import Activations, BlockWeights, How, block
+from ..ops import COMPILED_MISSING
 from ._report import has_own
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -105,8 +106,18 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def is_faster(x: Tensor) -> bool:
+    """Whether a block of x [B, N, D] without rotary positions is faster; measured on a CPU, and taken to be on a GPU."""
+    if x.device.type != "cpu":
+        return True
+    trains, dtype = torch.is_grad_enabled() and x.requires_grad, product_dtype(x)
+    # PyTorch's attention of bfloat16 is the faster one, but for its backward pass
+    has_kernels = COMPILED_MISSING is None and (dtype == torch.float32 or dtype == torch.bfloat16 and trains)
+    return has_kernels and gains(x)
+
+
 def gains(x: Tensor) -> bool:
-    """Whether a block of x [B, N, D] is large enough to be faster; measured on a CPU, and taken to be on a GPU."""
+    """Whether a block of x [B, N, D] is large enough to be faster on a CPU."""
     if x.device.type != "cpu" or x.dim() != 3:
         return True
     tokens = x.shape[0] * x.shape[1]

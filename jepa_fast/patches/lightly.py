@@ -19,6 +19,7 @@ from ..ops import ema_update_, gather_tokens
 from . import timm, torchvision
 from ._block import is_transformed
 from ._report import Report, check_signature, modules_of_package
+from ._sigreg import why_not_now
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # on a CPU, less than this gains nothing: numbers moved, numbers of a moving average, projections of SIGReg
@@ -57,7 +58,9 @@ def apply(model: nn.Module | None = None, *, modules: Iterable[types.ModuleType]
             original = getattr(utils, name)
             if strict_numerics and name == "mask_at_index":
                 report.keep(name, "strict_numerics: a masked NaN stays NaN")
-            elif not getattr(original, "is_of_jepa_fast", False):
+            elif getattr(original, "is_of_jepa_fast", False):
+                report.keep(name, "is patched already")
+            else:
                 report.replace_everywhere(original, _instead_of(original, fast), [*modules_of_package("lightly"), *modules])
         for patch, package in ((timm, "timm"), (torchvision, "torchvision")):
             if patch.matches(model) if model is not None else importlib.util.find_spec(package) is not None:
@@ -71,8 +74,8 @@ def _say_what_differs(report: Report, strict_numerics: bool) -> None:
     if not strict_numerics:
         report.note("mask_at_index replaces tokens that are NaN or infinite too; lightly's leaves NaN")
     report.note("SIGReg is float32 also under autocast and for half precision, where lightly rounds it")
-    report.note("lightly's code runs under torch.compile, torch.fx and torch.jit, and for what ours does not take: integer "
-                "tokens, averages in half precision")
+    report.note("lightly's code runs under torch.compile, torch.fx and torch.jit, for what ours does not take (integer "
+                "tokens, averages in half precision), and on CPUs where it is faster; GPUs: not measured")
 
 
 def _instead_of(original, fast):
@@ -86,11 +89,8 @@ def _instead_of(original, fast):
 
 def fast_sigreg(cls: type, original, self, proj: Tensor) -> Tensor:
     """LightlySIGReg.forward reads the attributes that lightly's has too, and draws by its `_generate_unit_vectors`."""
-    is_plain = (type(self) is cls and not is_transformed(proj) and proj.dim() >= 2 and proj.dtype in _FLOATS
-                and self.t.device == proj.device)
-    if is_plain and _is_large(proj, proj.shape[:-1].numel() * self.num_vectors, MIN_PROJECTIONS):
-        return LightlySIGReg.forward(self, proj)
-    return original(self, proj)
+    is_ours = type(self) is cls and why_not_now(proj, self, self.num_vectors, self, fewest=MIN_PROJECTIONS) is None
+    return LightlySIGReg.forward(self, proj) if is_ours else original(self, proj)
 
 
 def fast_collator(original, self, batch: list) -> tuple:

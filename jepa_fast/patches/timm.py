@@ -17,7 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import gather_tokens, varlen_attention_qkv
-from ._block import FLOATS, BlockParts, cu_seqlens, gains, has_inner_hooks, is_transformed, run_block, why_never, why_not_now
+from ._block import (
+    FLOATS,
+    BlockParts,
+    cu_seqlens,
+    has_inner_hooks,
+    is_faster,
+    is_transformed,
+    run_block,
+    why_never,
+    why_not_now,
+)
 from ._report import PatchError, Report, check_signature
 from ._timm_rope import RopeTable, is_constant, side_by_side
 
@@ -79,7 +89,8 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
         if model is not None:
             _say_what_is_kept(report, model)
         report.note("timm's code runs under torch.compile, torch.export, torch.fx and torch.jit, where parts have hooks, "
-                    "drop or get a mask, and on CPUs for few tokens, where it is faster; GPUs: not measured")
+                    "drop or get a mask, and on CPUs where it is faster")
+        report.note("faster on CPUs: few tokens, inference in bfloat16, float16, float64; GPUs: not measured")
         report.note("a fused block has no second derivative: undo() before create_graph=True")
     return report
 
@@ -139,7 +150,8 @@ def fast_rope_attention(tables, original, self, x, rope=None, *args, **kwargs):
 
 def _is_plain(x, args, kwargs) -> bool:
     """Whether attn_mask and is_causal, as far as this timm knows them, ask for nothing."""
-    return not is_transformed(x) and all(value is None or value is False for value in (*args, *kwargs.values())) and gains(x)
+    asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+    return not asked and not is_transformed(x) and is_faster(x)
 
 
 def block_parts(block: nn.Module, rotates: bool = False) -> BlockParts | str:
@@ -239,7 +251,7 @@ def fast_patch_dropout_with_indices(original, self, x):
 
 def _drops_otherwise(self: nn.Module, x: Tensor) -> bool:
     return (not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in FLOATS
-            or getattr(self, "return_indices", False) or not gains(x))
+            or getattr(self, "return_indices", False) or not is_faster(x))
 
 
 def drop_patches(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

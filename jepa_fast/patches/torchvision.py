@@ -5,7 +5,7 @@ from importlib import import_module
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ._block import BlockParts, gains, is_transformed, run_block, why_never, why_not_now
+from ._block import BlockParts, is_faster, is_transformed, run_block, why_never, why_not_now
 from ._report import Report, check_signature
 
 _MODULE, _BLOCK = "torchvision.models.vision_transformer", "EncoderBlock"
@@ -27,13 +27,14 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
             if why:
                 report.keep("EncoderBlock as a whole", why)
         report.note("torchvision's code runs under torch.compile, torch.export, torch.fx and torch.jit, where parts have "
-                    "hooks or drop, and on CPUs for few tokens, where it is faster; GPUs: not measured")
+                    "hooks or drop, and on CPUs where it is faster")
+        report.note("faster on CPUs: few tokens, inference in bfloat16, float16, float64; GPUs: not measured")
         report.note("a fused block has no second derivative: undo() before create_graph=True")
     return report
 
 
 def fast_block(original, self, input):
-    if not is_transformed(input) and gains(input):
+    if not is_transformed(input) and is_faster(input):
         parts = block_parts(self)
         if not isinstance(parts, str) and why_not_now(self, parts, input) is None:
             return run_block(input, parts)
