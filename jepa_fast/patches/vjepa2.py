@@ -8,15 +8,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
+from ..nn.block_function import Activations
 from ._block import gains, has_inner_hooks, is_transformed, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
     FUNCTIONS,
+    NOTE,
     Family,
     block_parts,
     classes_of,
     cross_attention,
+    family_of,
     is_rotary,
     own_code_only,
     plain_attention,
@@ -45,7 +48,7 @@ def matches(model: nn.Module) -> bool:
 
 
 def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[ModuleType] | None = None,
-          strict_numerics: bool = False) -> Report:
+          strict_numerics: bool = False, activations: Activations | None = None) -> Report:
     """Make V-JEPA 2 fast: the classes of a checkout (`modules`: any of it; all that are loaded), or one model.
 
     Replaced are the forwards of
@@ -58,17 +61,18 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
 
     Rotary angles are float32, or wider where the model is; attention drops in training only. strict_numerics: angles in
     the dtype of q and k, and attention dropout in eval too, as in the original. The frequencies stay tiled: they are part
-    of the trained weights. PatchError where the code is not loaded or has other signatures.
+    of the trained weights. activations: what the packed blocks keep for the backward pass (`nn.block_function`); None: as
+    the model is configured, with its activation checkpointing. PatchError where the code is not loaded or has other
+    signatures.
     """
     with Report.of("vjepa2") as report:
         found = CODE.find(modules) if model is None or modules is not None else CODE.find_behind(model)
         if not found:
             raise PatchError(f"vjepa2: model must have parts of V-JEPA 2, got a {type(model).__qualname__}")
         for checkout in found:
-            _patch(report, checkout, model, Family(checkout.core, strict_numerics, "tiled", _positions))
+            _patch(report, checkout, model, family_of(checkout.core, strict_numerics, "tiled", _positions, activations))
         if not strict_numerics:
-            report.note("rotary angles are float32 or wider (originally in the dtype of q and k), and attention drops in "
-                        "training only (originally by drop_rate in eval too); strict_numerics=True goes back to both")
+            report.note(NOTE)
     return report
 
 
