@@ -14,12 +14,12 @@ from .latent_loss import latent_loss
 from .layer_norm import layer_norm
 from .matmul import matmul
 from .multiblock import multiblock
-from .sigreg import Quadrature, sigreg
+from .sigreg import Quadrature, epps_pulley, sigreg
 from .sigreg_exact import sigreg_exact
 from .varlen_attention import varlen_attention, varlen_attention_qkv
 
 __all__ = ["BACKENDS", "COMPILED_MISSING", "ORDER", "TABLE", "Quadrature", "adamw_ema_", "adamw_ema_scalars",
-           "adamw_ema_scalars_", "assemble_predictor_input", "bias_gelu", "checks_on_device", "crop_resize",
-           "directions", "ema_update_", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm", "matmul",
+           "adamw_ema_scalars_", "assemble_predictor_input", "bias_gelu", "checks_on_device", "crop_resize", "directions",
+           "ema_update_", "epps_pulley", "gather_patches", "gather_tokens", "info", "latent_loss", "layer_norm", "matmul",
            "multiblock", "scatter_patches", "scatter_tokens", "sigreg", "sigreg_exact", "use_backend", "varlen_attention",
            "varlen_attention_qkv", "why_not"]

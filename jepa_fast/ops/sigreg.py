@@ -1,104 +1,44 @@
 """SIGReg: how far embeddings are from a standard normal along random directions, without the [N, K, J] tensor."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..reference import sigreg as reference
 from ..reference.quadrature import Quadrature
+from . import _sigreg_cpu as native
 from ._backends import Missing, compiled, triton
 from ._define import define
 from ._distributed import resolve_group, sum_over_ranks
 from .directions import directions as draw_directions
 
-SLICES = 512      # at a time, and of those as many rows that
-PIECE = 1 << 18   # so many projections (1 MB) fall to a thread: they stay in its cache from pass to pass
 OFFICIAL = Quadrature.half_line(3.0, 17)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA = Missing("Triton's is bound by arithmetic, not by what CUDA could save; not measured yet")
+_GIVEN = Missing("its projections are made by PyTorch; sigreg makes them where they are used")
 _CUDA_STATISTIC = Missing("Triton's is one short launch")
-
-
-def _sums_native(raw, x, directions, row_mask, t_start, t_step, num_knots):
-    x, directions = x.float(), directions.float().contiguous()
-    parts = []
-    for some_directions in directions.split(SLICES, 1):
-        sums = x.new_zeros(x.shape[0], 2, num_knots, some_directions.shape[1], dtype=torch.float64)
-        for p, mask, groups, _ in _projections(x, some_directions, row_mask):
-            raw.sigreg_add_sums(p, mask, t_start, t_step, sums[groups])
-        parts.append(sums.float())
-    return torch.cat(parts, -1)
-
-
-def _sums_backward_native(raw, grad_sums, x, directions, row_mask, t_start, t_step):
-    wide_x, directions, grad_sums = x.float(), directions.float().contiguous(), grad_sums.contiguous()
-    grad_x = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-    flat = grad_x.view(-1, x.shape[2])
-    for some_directions, some_grads in zip(directions.split(SLICES, 1), grad_sums.split(SLICES, 3), strict=True):
-        for p, mask, groups, rows in _projections(wide_x, some_directions, row_mask):
-            raw.sigreg_gradient_(p, mask, some_grads[groups], t_start, t_step)
-            flat[rows].addmm_(p.flatten(0, 1), some_directions.T)
-    return grad_x.to(x.dtype)
-
-
-def _projections(x: Tensor, directions: Tensor, row_mask: Tensor | None) -> Iterator[tuple]:
-    """x @ directions piece by piece, in memory used again and again: p [groups, rows, K], its mask, its place."""
-    V, N, D = x.shape
-    K = directions.shape[1]
-    x = x.reshape(V * N, D).contiguous()
-    mask = None if row_mask is None else row_mask.reshape(-1)
-    height = PIECE * torch.get_num_threads() // K // 64 * 64  # a multiple of the rows that are added up in float32
-    room = x.new_empty(min(height, V * N) * K)
-    for groups, rows in _pieces(V, N, height):
-        count = rows.stop - rows.start
-        shape = (groups.stop - groups.start, -1)
-        p = torch.mm(x[rows], directions, out=room[:count * K].view(count, K))
-        yield p.view(*shape, K), None if mask is None else mask[rows].view(shape), groups, rows
-
-
-def _pieces(V: int, N: int, height: int) -> Iterator[tuple[slice, slice]]:
-    """Groups and rows, out of V and V * N: up to `height` rows, of whole groups or of one."""
-    if N > height:
-        for v in range(V):
-            for n in range(0, N, height):
-                yield slice(v, v + 1), slice(v * N + n, v * N + min(n + height, N))
-    elif N > 0:
-        for v in range(0, V, height // N):
-            end = min(v + height // N, V)
-            yield slice(v, end), slice(v * N, end * N)
-
-
-def _statistic_native(raw, sums, count, phi, weights):
-    out = sums.new_empty(sums.shape[0], sums.shape[3])
-    knots = torch.tensor([phi, weights], dtype=torch.float64)
-    raw.sigreg_statistic(sums.contiguous(), count.contiguous(), knots, out)
-    return out
-
-
-def _statistic_backward_native(raw, grad, sums, count, phi, weights):
-    out = torch.empty_like(sums, memory_format=torch.contiguous_format)
-    grad, sums, count = grad.contiguous(), sums.contiguous(), count.contiguous()
-    knots = torch.tensor([phi, weights], dtype=torch.float64)
-    raw.sigreg_statistic_backward(grad, sums, count, knots, out)
-    return out
-
 
 define("sigreg_sums(Tensor x, Tensor directions, Tensor? row_mask, float t_start, float t_step, SymInt num_knots) "
        "-> Tensor",
-       plain=reference.sigreg_sums, cpp=compiled("sigreg_add_sums", _FLOATS, _sums_native),
+       plain=reference.sigreg_sums, cpp=compiled("sigreg_add_sums", _FLOATS, native.sigreg_sums),
        triton=triton("sigreg.sigreg_sums"), cuda=_CUDA)
 define("sigreg_sums_backward(Tensor grad_sums, Tensor x, Tensor directions, Tensor? row_mask, float t_start, "
        "float t_step) -> Tensor",
-       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_gradient_", _FLOATS, _sums_backward_native),
+       plain=reference.sigreg_sums_backward, cpp=compiled("sigreg_gradient_", _FLOATS, native.sigreg_sums_backward),
        triton=triton("sigreg.sigreg_sums_backward"), cuda=_CUDA)
+define("projection_sums(Tensor p, float t_start, float t_step, SymInt num_knots) -> Tensor",
+       plain=reference.projection_sums, cpp=compiled("sigreg_add_sums", _FLOATS, native.projection_sums),
+       triton=_GIVEN, cuda=_GIVEN)
+define("projection_sums_backward(Tensor grad_sums, Tensor p, float t_start, float t_step) -> Tensor",
+       plain=reference.projection_sums_backward, cpp=compiled("sigreg_gradient_", _FLOATS, native.projection_sums_backward),
+       triton=_GIVEN, cuda=_GIVEN)
 define("sigreg_statistic(Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
-       plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), _statistic_native),
+       plain=reference.sigreg_statistic, cpp=compiled("sigreg_statistic", (torch.float32,), native.sigreg_statistic),
        triton=triton("sigreg_statistic.sigreg_statistic", (torch.float32,)), cuda=_CUDA_STATISTIC)
 define("sigreg_statistic_backward(Tensor grad, Tensor sums, Tensor count, float[] phi, float[] weights) -> Tensor",
        plain=reference.sigreg_statistic_backward,
-       cpp=compiled("sigreg_statistic_backward", (torch.float32,), _statistic_backward_native),
+       cpp=compiled("sigreg_statistic_backward", (torch.float32,), native.sigreg_statistic_backward),
        triton=triton("sigreg_statistic.sigreg_statistic_backward", (torch.float32,)), cuda=_CUDA_STATISTIC)
 
 
@@ -110,6 +50,16 @@ def _(x, directions, row_mask, t_start, t_step, num_knots):
 @torch.library.register_fake("jepa_fast::sigreg_sums_backward")
 def _(grad_sums, x, directions, row_mask, t_start, t_step):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("jepa_fast::projection_sums")
+def _(p, t_start, t_step, num_knots):
+    return p.new_empty(p.shape[0], 2, num_knots, p.shape[2], dtype=reference.accumulation_dtype(p))
+
+
+@torch.library.register_fake("jepa_fast::projection_sums_backward")
+def _(grad_sums, p, t_start, t_step):
+    return torch.empty_like(p, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("jepa_fast::sigreg_statistic")
@@ -134,6 +84,17 @@ def _sums_backward(ctx, grad):
     return grad_x, None, None, None, None, None
 
 
+def _save_projections(ctx, inputs, output):
+    p, *ctx.grid, _ = inputs
+    ctx.save_for_backward(p)
+
+
+def _projection_sums_backward(ctx, grad):
+    _refuse_second_derivative()
+    (p,) = ctx.saved_tensors
+    return torch.ops.jepa_fast.projection_sums_backward(grad, p.detach(), *ctx.grid), None, None, None
+
+
 def _save_statistic(ctx, inputs, output):
     sums, count, ctx.phi, ctx.weights = inputs
     ctx.save_for_backward(sums, count)
@@ -152,6 +113,7 @@ def _refuse_second_derivative() -> None:
 
 
 torch.library.register_autograd("jepa_fast::sigreg_sums", _sums_backward, setup_context=_save_sums)
+torch.library.register_autograd("jepa_fast::projection_sums", _projection_sums_backward, setup_context=_save_projections)
 torch.library.register_autograd("jepa_fast::sigreg_statistic", _statistic_backward, setup_context=_save_statistic)
 
 
@@ -186,18 +148,40 @@ def sigreg(x: Tensor, directions: Tensor | None = None, *, quadrature: Quadratur
     sums = torch.ops.jepa_fast.sigreg_sums(x, directions.to(reference.accumulation_dtype(x)), row_mask,
                                            quadrature.t_start, quadrature.t_step, quadrature.num_knots)
     rows = count_rows(x, row_mask, sums.dtype)
-    rows_global = count = rows
-    if group is not None:
-        sums, count, rows_global = _over_ranks(sums, rows, group, ddp_weighting, upstream_sync)
-    statistic = torch.ops.jepa_fast.sigreg_statistic(sums, count, quadrature.phi, quadrature.weights)
-    if scale != "none":
-        factors = {"N": rows, "N_global": rows_global}
-        statistic = statistic * (factors[scale].unsqueeze(-1) if scale in factors else scale)
+    statistic = _statistic(sums, rows, quadrature, scale, group, ddp_weighting, upstream_sync)
     if clip is not None:
         statistic = torch.where(statistic < clip, 0, statistic)
     if reduction is None:
         return statistic.reshape(*lead, statistic.shape[-1])
     return statistic.mean() if reduction == "mean" else statistic.sum()
+
+
+def epps_pulley(projections: Tensor, *, quadrature: Quadrature = OFFICIAL, scale: str | float = "N_global",
+                process_group=None, ddp_weighting: str = "sample", upstream_sync: bool = False) -> Tensor:
+    """The statistic of projections [..., N, K] that exist already -> [..., K]; its options are those of `sigreg`.
+
+    Without the [..., N, K, J] tensor; where the embeddings are at hand, `sigreg` does not need the projections either.
+    """
+    _check(projections, None, None, "leading", scale, None, ddp_weighting)
+    group = resolve_group(process_group)
+    lead, p, _ = to_groups(projections, None, "leading")
+    sums = torch.ops.jepa_fast.projection_sums(p, quadrature.t_start, quadrature.t_step, quadrature.num_knots)
+    rows = count_rows(p, None, sums.dtype)
+    statistic = _statistic(sums, rows, quadrature, scale, group, ddp_weighting, upstream_sync)
+    return statistic.reshape(*lead, statistic.shape[-1])
+
+
+def _statistic(sums: Tensor, rows: Tensor, quadrature: Quadrature, scale: str | float, group, ddp_weighting: str,
+               upstream_sync: bool) -> Tensor:
+    """[V, K], scaled, of the sums and rows of this rank."""
+    rows_global = count = rows
+    if group is not None:
+        sums, count, rows_global = _over_ranks(sums, rows, group, ddp_weighting, upstream_sync)
+    statistic = torch.ops.jepa_fast.sigreg_statistic(sums, count, quadrature.phi, quadrature.weights)
+    if scale == "none":
+        return statistic
+    factors = {"N": rows, "N_global": rows_global}
+    return statistic * (factors[scale].unsqueeze(-1) if scale in factors else scale)
 
 
 def to_groups(x: Tensor, row_mask: Tensor | None, group_dims: str) -> tuple[tuple, Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 _ABSENT = object()
+_PATCHED = "is patched already"
 
 
 class PatchError(RuntimeError):
@@ -83,7 +84,7 @@ class Report:
         """
         original, what = getattr(cls, name), f"{cls.__name__}.{name}"
         if getattr(original, "is_of_jepa_fast", False):
-            self.keep(what, "the class is patched already")
+            self.keep(what, _PATCHED)
             return
 
         def method(self, *args, **kwargs):
@@ -99,7 +100,9 @@ class Report:
         for module in model.modules():
             if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
-            if has_own(module, name):
+            if getattr(vars(module).get(name), "is_of_jepa_fast", False):
+                self.keep(what, _PATCHED)
+            elif has_own(module, name):
                 self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
@@ -123,7 +126,7 @@ class Report:
         """Make another report a part of this one."""
         for what, count in other.replaced.items():
             self.replaced[what] = self.replaced.get(what, 0) + count
-        self.kept |= other.kept
+        self.kept |= {what: why for what, why in other.kept.items() if why != _PATCHED or what not in self.replaced}
         self.notes += [note for note in other.notes if note not in self.notes]
         self._replacements += other._replacements
         other._replacements = []
@@ -159,10 +162,14 @@ def has_own(module: nn.Module, name: str) -> bool:
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
 
 
-def check_signature(function: Callable, expected: Callable, where: str) -> None:
-    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`."""
-    found, wanted = (inspect.signature(f).parameters.values() for f in (function, expected))
-    if [(p.kind, p.name, p.default) for p in found] != [(p.kind, p.name, p.default) for p in wanted]:
+def check_signature(function: Callable, expected: Callable, where: str, least: int | None = None) -> None:
+    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`.
+
+    least: so many of them, the first, are enough.
+    """
+    found, wanted = ([(p.kind, p.name, p.default) for p in inspect.signature(f).parameters.values()]
+                     for f in (function, expected))
+    if found != wanted and not (least and len(found) >= least and found == wanted[:len(found)]):
         raise PatchError(f"{where} must take {inspect.signature(expected)} for this patch, takes "
                          f"{inspect.signature(function)}: another version of that code; nothing was replaced")
 

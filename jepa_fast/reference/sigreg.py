@@ -5,8 +5,9 @@ For a group of N rows x, a direction a and knots t_j, with p = x a:
     C_j = 1/N sum over n of cos(t_j p_n)      S_j = 1/N sum over n of sin(t_j p_n)
     statistic = sum over j of weights_j ((C_j - phi_j)^2 + S_j^2)
 
-the Epps-Pulley distance between the empirical characteristic function and phi = exp(-t^2 / 2). Two ops: the raw sums,
-which is where the work is and which data parallelism adds up, and the statistic of the sums. x [V, N, D], directions
+the Epps-Pulley distance between the empirical characteristic function and phi = exp(-t^2 / 2). Two ops: the raw sums (of
+x, or of projections that are given), which is where the work is and which data parallelism adds up, and the statistic of
+the sums. x [V, N, D], directions
 [D, K], sums [V, 2, J, K] with cos first, count [V] rows behind each sum. Half precision is computed in float32.
 """
 
@@ -24,12 +25,13 @@ def sigreg_sums(x: Tensor, directions: Tensor, row_mask: Tensor | None, t_start:
                 num_knots: int) -> Tensor:
     """Sums of cos(t_j p), then of sin(t_j p), over the rows where row_mask [V, N] is True -> [V, 2, J, K]."""
     keep = 1 if row_mask is None else row_mask.unsqueeze(-1)
-    sums = []
-    for p, _ in _projections(x, directions, row_mask):
-        phases = ((t_start + j * t_step) * p for j in range(num_knots))
-        pairs = [torch.stack([(phase.cos() * keep).sum(1), (phase.sin() * keep).sum(1)], 1) for phase in phases]
-        sums.append(torch.stack(pairs, 2))
+    sums = [_sums(p, keep, t_start, t_step, num_knots) for p, _ in _projections(x, directions, row_mask)]
     return torch.cat(sums, -1)
+
+
+def _sums(p: Tensor, keep: Tensor | int, t_start: float, t_step: float, num_knots: int) -> Tensor:
+    phases = ((t_start + j * t_step) * p for j in range(num_knots))
+    return torch.stack([torch.stack([(phase.cos() * keep).sum(1), (phase.sin() * keep).sum(1)], 1) for phase in phases], 2)
 
 
 def sigreg_sums_backward(grad_sums: Tensor, x: Tensor, directions: Tensor, row_mask: Tensor | None, t_start: float,
@@ -38,15 +40,32 @@ def sigreg_sums_backward(grad_sums: Tensor, x: Tensor, directions: Tensor, row_m
     grad_x = torch.zeros_like(x, dtype=accumulation_dtype(x))
     pieces = zip(_projections(x, directions, row_mask), grad_sums.split(SLICES, -1), strict=True)
     for (p, some_directions), grad in pieces:
-        grad_cos, grad_sin = grad.unsqueeze(-2).unbind(1)  # [V, J, 1, K]
-        grad_p = torch.zeros_like(p)
-        for j in range(grad_sums.shape[2]):
-            t = t_start + j * t_step
-            grad_p += t * (grad_sin[:, j] * (t * p).cos() - grad_cos[:, j] * (t * p).sin())
+        grad_p = _gradient(grad, p, t_start, t_step)
         if row_mask is not None:
             grad_p = grad_p.masked_fill(~row_mask.unsqueeze(-1), 0)
         grad_x += grad_p @ some_directions.T
     return grad_x.to(x.dtype)
+
+
+def _gradient(grad_sums: Tensor, p: Tensor, t_start: float, t_step: float) -> Tensor:
+    grad_cos, grad_sin = grad_sums.unsqueeze(-2).unbind(1)  # [V, J, 1, K]
+    grad_p = torch.zeros_like(p)
+    for j in range(grad_sums.shape[2]):
+        t = t_start + j * t_step
+        grad_p += t * (grad_sin[:, j] * (t * p).cos() - grad_cos[:, j] * (t * p).sin())
+    return grad_p
+
+
+def projection_sums(p: Tensor, t_start: float, t_step: float, num_knots: int) -> Tensor:
+    """`sigreg_sums` of projections p [V, N, K] that exist already -> [V, 2, J, K]."""
+    parts = p.to(accumulation_dtype(p)).split(SLICES, -1)
+    return torch.cat([_sums(part, 1, t_start, t_step, num_knots) for part in parts], -1)
+
+
+def projection_sums_backward(grad_sums: Tensor, p: Tensor, t_start: float, t_step: float) -> Tensor:
+    """The gradient with respect to p, [V, N, K]."""
+    parts = zip(grad_sums.split(SLICES, -1), p.to(accumulation_dtype(p)).split(SLICES, -1), strict=True)
+    return torch.cat([_gradient(grad, part, t_start, t_step) for grad, part in parts], -1).to(p.dtype)
 
 
 def _projections(x: Tensor, directions: Tensor, row_mask: Tensor | None):
