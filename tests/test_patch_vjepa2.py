@@ -14,11 +14,12 @@ from torch import nn
 
 from jepa_fast import patches
 from jepa_fast.drop_in.attention import ACRoPEAttention, RoPEAttention, is_frame_causal
+from jepa_fast.drop_in.collators import VJEPA2MaskCollator
 from jepa_fast.patches import _vjepa2_packed, vjepa2
 from jepa_fast.patches._report import PatchError
 
 MODULES = ("src.models.vision_transformer", "src.models.predictor", "src.models.ac_predictor", "src.utils.wrappers",
-           "src.models.utils.modules", "src.models.attentive_pooler")
+           "src.models.utils.modules", "src.models.attentive_pooler", "src.masks.multiseq_multiblock3d")
 B, SIDE, GRID = 2, 2, (2, 2, 2)
 norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
 # two masks of clips of 8 tokens, one of clips of 4; an index twice
@@ -142,8 +143,9 @@ def test_undo_and_report(code):
             "RoPEAttention.forward": 1, "ACRoPEAttention.forward": 1, "Attention.forward": 1, "Block.forward": 1,
             "ACBlock.forward": 1, "CrossAttention.forward": 1, "VisionTransformerPredictor.forward": 1,
             "VisionTransformerPredictorAC.forward": 1, "MultiSeqWrapper.forward": 1, "PredictorMultiSeqWrapper.forward": 1,
-            "apply_masks": 3, "repeat_interleave_batch": 2}
-        assert not report.notes and not report.kept
+            "MaskCollator": 1, "apply_masks": 3, "repeat_interleave_batch": 2}
+        assert code[6].MaskCollator is VJEPA2MaskCollator
+        assert "fused blocks have first derivatives only" in str(report) and "rotary angles" not in str(report)
     models = make(code)
     with vjepa2.apply(models[0]) as report:
         assert report.replaced["Block.forward"] == 2 and "apply_masks" in report.replaced

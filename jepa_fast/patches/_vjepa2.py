@@ -13,7 +13,7 @@ from ..drop_in.masks import apply_masks, repeat_interleave_batch
 from ..nn.block_function import Activations
 from ._block import BlockParts, is_transformed, why_not_now
 from ._meta import Checkout
-from ._report import check_signature
+from ._report import Report, check_signature
 
 Positions = Callable[[nn.Module, Tensor, int | None, int | None, torch.dtype], Tensor]
 
@@ -40,6 +40,13 @@ def family_of(layers: ModuleType, strict: bool, pairing: str, positions: Positio
     if activations not in (None, *get_args(Activations)):
         raise ValueError(f"activations must be None or one of {', '.join(get_args(Activations))}, got {activations!r}")
     return Family(layers, strict, pairing, positions, activations)
+
+
+def say_what_stays(report: Report) -> None:
+    report.keep("blocks with SwiGLU, causal attention, dropout or hooks inside", "run their own code with our attention")
+    report.keep("the loop of train.py", "it is written inline; by hand: jepa_fast.ema_update_ for the target encoder's "
+                "average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+    report.note("fused blocks have first derivatives only: create_graph=True raises an error")
 
 
 def block_parts(block: nn.Module) -> BlockParts:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
+from ..drop_in.collators import VJEPA2MaskCollator
 from ..nn.block_function import Activations
 from ._block import gains, has_inner_hooks, is_transformed, run_block
 from ._meta import Checkout, CodeBase
@@ -23,6 +24,7 @@ from ._vjepa2 import (
     is_rotary,
     own_code_only,
     plain_attention,
+    say_what_stays,
     why_not_fused,
 )
 from ._vjepa2_packed import multi_seq_encoder, multi_seq_predictor, video_predictor
@@ -57,7 +59,7 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
         models.predictor       no Python loops over samples, no sorting where positions are explicit
         models.ac_predictor    its dense mask recognised as frame-causal attention
         utils.wrappers         all masks as one packed batch, only visible tubelets embedded
-    and apply_masks, repeat_interleave_batch wherever they were imported to.
+    and apply_masks, repeat_interleave_batch and the mask collator wherever they were imported to.
 
     Rotary angles are float32, or wider where the model is; attention drops in training only. strict_numerics: angles in
     the dtype of q and k, and attention dropout in eval too, as in the original. The frequencies stay tiled: they are part
@@ -71,6 +73,7 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
             raise PatchError(f"vjepa2: model must have parts of V-JEPA 2, got a {type(model).__qualname__}")
         for checkout in found:
             _patch(report, checkout, model, family_of(checkout.core, strict_numerics, "tiled", _positions, activations))
+        say_what_stays(report)
         if not strict_numerics:
             report.note(NOTE)
     return report
@@ -89,10 +92,24 @@ def _patch(report: Report, checkout: Checkout, model: nn.Module | None, family: 
             report.replace_method(cls, "forward", forward, model)
         if not classes[name] and model is None:
             report.keep(name, "its module is not loaded; import it first")
+    for collator in checkout.definitions("MaskCollator"):
+        _replace_collator(report, checkout, collator)
     for name, (new, expected) in FUNCTIONS.items():
         for old in checkout.holders(name):
             check_signature(old, expected, name)
         checkout.replace_function(report, name, new)
+
+
+def _replace_collator(report: Report, checkout: Checkout, collator: type) -> None:
+    if not collator.__module__.endswith("multiseq_multiblock3d"):
+        report.keep(f"{collator.__module__}.MaskCollator", "no official configuration uses it")
+    elif "isinstance" in collator.__call__.__code__.co_names:  # V-JEPA 2.1's copy
+        report.keep("MaskCollator", "in this version it takes images too")
+    else:
+        check_signature(collator.__init__, lambda self, cfgs_mask, dataset_fpcs, crop_size=(224, 224), patch_size=(16, 16),
+                        tubelet_size=2: 0, "MaskCollator")
+        report.replace_everywhere(collator, VJEPA2MaskCollator, checkout.modules)
+        report.note("MaskCollator refuses settings with which the original may never end, by an error when it is made")
 
 
 def _positions(attn: nn.Module, ids: Tensor, H: int | None, W: int | None, dtype: torch.dtype) -> Tensor:

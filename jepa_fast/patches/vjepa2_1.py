@@ -24,6 +24,7 @@ from ._vjepa2 import (
     family_of,
     own_code_only,
     plain_attention,
+    say_what_stays,
     why_not_fused,
 )
 from ._vjepa2_packed import (
@@ -82,6 +83,7 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
         for checkout_ in found:
             _patch(report, checkout_, model, family_of(checkout_.core, strict_numerics, "interleaved", _grid_positions,
                                                        activations))
+        say_what_stays(report)
         if not strict_numerics:
             report.note(NOTE)
     return report
