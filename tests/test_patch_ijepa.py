@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkouts import checkout
-from foreign_models import assert_as_good, numbers, train, unchanged
+from foreign_models import assert_as_good, fill, numbers, train, unchanged
 from torch import nn
 
 from jepa_fast import drop_in, patches
@@ -37,9 +37,7 @@ def make(code, **settings) -> tuple[nn.Module, nn.Module]:
     encoder = code[0].VisionTransformer(img_size=[16 * GRID], embed_dim=32, depth=2, num_heads=4, **settings)
     predictor = code[0].VisionTransformerPredictor(GRID**2, embed_dim=32, predictor_embed_dim=24, depth=2, num_heads=4,
                                                    **settings)
-    for name, parameter in [*encoder.named_parameters(), *predictor.named_parameters()]:
-        if "bias" in name or "norm" in name:  # what starts at 0 or 1
-            nn.init.normal_(parameter, std=0.3)
+    fill(encoder, predictor)
     return encoder, predictor
 
 
@@ -48,7 +46,7 @@ def images(count: int = B) -> torch.Tensor:
 
 
 def loss_of(code, encoder, predictor, target, x, masks_x=MASKS_X):
-    """The loss as src.train computes it, on the dtype of the encoder."""
+    """The loss as src.train computes it, in the dtype of the encoder."""
     x = x.to(encoder.pos_embed.dtype)
     with torch.no_grad():
         h = target(x)

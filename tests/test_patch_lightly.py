@@ -14,6 +14,7 @@ from jepa_fast.patches import lightly as patch
 
 lightly = pytest.importorskip("lightly")
 timm = pytest.importorskip("timm")
+from lightly.data import IJEPAMaskCollator  # noqa: E402
 from lightly.loss import LeJEPALoss, SIGReg  # noqa: E402
 from lightly.models import utils  # noqa: E402
 from lightly.models.modules import IJEPAPredictorTIMM, MaskedVisionTransformerTIMM  # noqa: E402
@@ -216,6 +217,29 @@ def test_ijepa_training():
     assert ours[0] == pytest.approx(plain[0], rel=1e-5) and ours[1] == plain[1]
 
 
+@pytest.mark.parametrize("settings, is_ours", [
+    (dict(input_size=(64, 96), patch_size=8, pred_mask_scale=(0.15, 0.2), enc_mask_scale=(0.85, 1.0),
+          aspect_ratio=(0.75, 1.5), npred=4), True),
+    (dict(input_size=(224, 160), patch_size=32), False)], ids=["i-jepa", "may not end"])
+def test_mask_collator(settings, is_ours, monkeypatch):
+    """The same masks from the same numbers, batch after batch, and the generator left where lightly leaves it."""
+    configs = []
+    monkeypatch.setattr(patch, "_next_official",
+                        lambda config, *args, _next=patch._next_official: configs.append(config) or _next(config, *args))
+
+    def batches():
+        collator = IJEPAMaskCollator(**settings)
+        torch.manual_seed(7)
+        return [collator([torch.ones(2)] * 3) for _ in range(3)], torch.rand(1)
+
+    plain = batches()
+    with patch.apply() as report:
+        torch.testing.assert_close(batches(), plain, rtol=0, atol=0)
+        assert report.replaced["IJEPAMaskCollator.__call__"] == 1 and len(configs) == 3 * is_ours
+    with patch.apply(nn.Identity()) as report:
+        assert "IJEPAMaskCollator" in report.kept
+
+
 @pytest.mark.parametrize("kind", DTYPES)
 def test_torchvision_blocks(kind, monkeypatch):
     """The ViT of lightly's torchvision models, masked, in training mode and in evaluation."""
@@ -248,14 +272,15 @@ def test_torchvision_blocks(kind, monkeypatch):
         assert ours_.dtype == plain_.dtype and error <= allowed + floor * (exact_.norm() + largest)
 
 
-def test_torchvision_dropout_is_left_alone():
-    block, x = EncoderBlock(2, 8, 16, 0.0, 0.5), draw(2, 5, 8)
+@pytest.mark.parametrize("drop, kept", [((0.0, 0.5), {"EncoderBlock as a whole": "its attention drops"}), ((0.5, 0.0), {})])
+def test_torchvision_dropout_is_left_alone(drop, kept):
+    block, x = EncoderBlock(2, 8, 16, *drop), draw(2, 5, 8)
     torch.manual_seed(0)
     plain = block(x)
     with torchvision.apply(block) as report:
         torch.manual_seed(0)
         torch.testing.assert_close(block(x), plain, rtol=0, atol=0)
-    assert report.kept == {"EncoderBlock as a whole": "its attention drops"}
+    assert report.kept == kept
 
 
 def test_another_lightly_is_refused(monkeypatch):

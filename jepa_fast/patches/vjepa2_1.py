@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import attend, grid_of, grid_positions, tables
+from ..masking import Masks, nearest_target
 from ..ops import gather_tokens
 from ._block import run_block
 from ._meta import Checkout, CodeBase
@@ -63,8 +64,8 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
                                RoPEAttention, Attention, CrossAttention     where a block is not fused
         models.predictor       no Python loops over samples, no sorting
         wrappers               all masks as one packed batch, only visible tokens embedded
-    and apply_masks, repeat_interleave_batch wherever they were imported to. V-JEPA 2's own tree in the same checkout is the
-    patch vjepa2's.
+    and apply_masks, repeat_interleave_batch and compute_mask_distance (exact, no loop over tokens) wherever they were
+    imported to. V-JEPA 2's own tree in the same checkout is the patch vjepa2's.
 
     Rotary angles are float32, or wider where the model is, and q and k keep their dtype; attention drops in training only.
     strict_numerics: angles in the dtype of q and k, and attention dropout in eval too, as in the original. PatchError
@@ -94,7 +95,8 @@ def _patch(report: Report, found: Checkout, model: nn.Module | None, family: Fam
             report.replace_method(cls, "forward", forward, model)
         if not classes[name] and model is None:
             report.keep(name, "its module is not loaded; import it first")
-    for name, (new, expected) in FUNCTIONS.items():
+    distance = mask_distance, lambda masks_pred, masks_enc, grid_size, offset_context_loss: 0
+    for name, (new, expected) in (FUNCTIONS | {"compute_mask_distance": distance}).items():
         for old in found.holders(name):
             check_signature(old, expected, name)
         found.replace_function(report, name, new)
@@ -264,3 +266,20 @@ def _predict_in_order(predictor: nn.Module, call: Prediction, mod: str) -> tuple
     x = gather_tokens(predictor.predictor_norm(x), torch.argsort(order, dim=1))
     prediction = predictor.predictor_proj(x[:, num_context:])
     return prediction, predictor.predictor_proj_context(x[:, :num_context]) if predictor.return_all_tokens else None
+
+
+@torch.no_grad()
+def mask_distance(masks_pred: list[list[Tensor]], masks_enc: list[list[Tensor]], grid_size: int,
+                  offset_context_loss: bool) -> list[list[Tensor]]:
+    """`compute_mask_distance`: for each pair of masks [B, K_t], [B, K] the root of the distance from every context token to
+    its nearest target, [B, K] float32."""
+    unit = grid_size // 16 if offset_context_loss else 1
+
+    def distance(targets: Tensor, context: Tensor) -> Tensor:
+        depth = int(torch.stack([targets.max(), context.max()]).max()) // grid_size ** 2 + 1
+        masks = Masks.from_lists([context], [targets], depth * grid_size ** 2, is_paired=True)
+        squared = nearest_target(masks, (depth, grid_size, grid_size)).view(context.shape)
+        return (squared.float().sqrt() * (1.0 / unit)).sqrt()
+
+    return [[distance(*pair) for pair in zip(*of_clips, strict=False)]
+            for of_clips in zip(masks_pred, masks_enc, strict=False)]

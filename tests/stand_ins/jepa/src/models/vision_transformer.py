@@ -33,7 +33,9 @@ class VisionTransformer(nn.Module):
         return pos_embed
 
     def forward(self, x, masks=None):
-        x = self.patch_embed(x) + self.interpolate_pos_encoding(x, self.pos_embed)
+        positions = self.interpolate_pos_encoding(x, self.pos_embed)
+        x = self.patch_embed(x)
+        x += positions
         if masks is not None:
             masks = masks if isinstance(masks, list) else [masks]
             x, masks = apply_masks(x, masks), torch.cat(masks)
