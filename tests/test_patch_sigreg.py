@@ -268,6 +268,17 @@ def test_what_reports_say():
                                    "SlicedEppsPulley.forward": 1}
 
 
+def test_a_backbone_of_timm_is_patched_along():
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    model = nn.ModuleDict({"backbone": vit.VisionTransformer(16, 8, num_classes=0, embed_dim=24, depth=2, num_heads=2),
+                           "sigreg": spt.SlicedEppsPulley(K)})
+    with patches.stable_pretraining.apply(model) as report:
+        assert report.replaced["Block.forward"] == 2
+    with patches.auto(model) as report:
+        assert report.replaced["Block.forward"] == 2 and report.kept["Block.forward"] == "the instance is patched already"
+    assert "forward" not in vars(model["backbone"].blocks[0])
+
+
 # ---- data parallelism
 
 

@@ -99,7 +99,8 @@ class Report:
             if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
             if has_own(module, name):
-                self.keep(what, "has been replaced in the instance already")
+                is_ours = getattr(getattr(module, name), "is_of_jepa_fast", False)
+                self.keep(what, "the instance is patched already" if is_ours else "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
 
