@@ -192,11 +192,14 @@ def test_copies_and_pickles(name, importable, tmp_path):
     inputs, module = inputs_of(name), module_of(name)
     expected = with_gradients(module_of(name), *inputs)
     with getattr(patches, name).apply(module):
+        torch.save(module, tmp_path / "model.pt")
         twin = copy.deepcopy(module)
         assert error(with_gradients(twin, *inputs)[1], expected[1]) < 2e-6
     with getattr(patches, name).apply():
-        torch.save(module_of(name), tmp_path / "module.pt")
-    assert all(map(torch.equal, with_gradients(torch.load(tmp_path / "module.pt", weights_only=False), *inputs), expected))
+        torch.save(module_of(name), tmp_path / "class.pt")
+    for file in ("model.pt", "class.pt"):  # loaded without the patch
+        loaded = torch.load(tmp_path / file, weights_only=False)
+        assert all(map(torch.equal, with_gradients(loaded, *inputs), expected))
 
 
 # ---- the teacher of stable-pretraining

@@ -100,7 +100,7 @@ class Report:
                 continue
             if has_own(module, name):
                 is_ours = getattr(getattr(module, name), "is_of_jepa_fast", False)
-                self.keep(what, "the instance is patched already" if is_ours else "has been replaced in the instance already")
+                self.keep(what, f"{'the instance is patched' if is_ours else 'has been replaced in the instance'} already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
 
