@@ -6,6 +6,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_GPU ?= torch
 # beside a CPU build, for its interpreter and compiler; a CUDA build of torch brings its own
 TRITON_CPU ?= triton==3.7.1
+# the last transformers 4 and what it needs in another version than transformers 5 does, in a folder beside the environment
+TRANSFORMERS_4 ?= transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 requests urllib3 certifi idna charset_normalizer
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
@@ -35,6 +37,7 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test'], sep='\n')" > $(VENV)/test.txt
 	$(RUN) -c "import triton" 2> /dev/null || $(PIP) "$(TRITON_CPU)"
 	$(PIP) -c $(VENV)/constraints.txt --requirement $(VENV)/test.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/transformers4 $(TRANSFORMERS_4)
 	touch $@
 
 demo: $(VENV)/.installed

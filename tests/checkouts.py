@@ -28,6 +28,18 @@ def checkout(path: str | pathlib.Path, *names: str) -> Iterator[list[ModuleType]
         for name in set(sys.modules) - loaded:
             if name.partition(".")[0] in own:
                 del sys.modules[name]
+        _forget_compiled(own)
         sys.modules.update(hidden)
         sys.path[:] = search
         root.handlers[:], root.level = handlers, level
+
+
+def _forget_compiled(own: set[str]) -> None:
+    """Let torch.compile import modules of these names anew: it keeps them, also in the namespaces of what it compiled."""
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    if dynamo is not None:
+        dynamo._import_module.cache_clear()
+    for module in list(sys.modules.values()):
+        for name in [name for name in vars(module) if name.startswith("__import_")]:
+            if name.removeprefix("__import_").partition("_dot_")[0] in own:
+                delattr(module, name)

@@ -55,7 +55,7 @@ def test_a_class_is_patched_once():
     with Report.of("first") as first, Report.of("second") as second:
         first.replace_method(Doubles, "forward", triples)
         second.replace_method(Doubles, "forward", triples)
-    assert second.kept == {"Doubles.forward": "the class is patched already"}
+    assert second.kept == {"Doubles.forward": "is patched already"}
     assert Doubles()(torch.ones(1)) == 3
     first.undo()
 

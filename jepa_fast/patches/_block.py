@@ -27,7 +27,7 @@ class BlockParts(NamedTuple):
     """x + scale1 proj(attention(qkv(norm1(x)))), then x + scale2 fc2(gelu(fc1(norm2(x))))."""
 
     norm1: nn.LayerNorm
-    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value
+    qkv: tuple[nn.Linear, ...]              # one that makes all three side by side, or query, key, value; or `make_qkv`
     proj: nn.Linear
     norm2: nn.LayerNorm
     fc1: nn.Linear
@@ -44,10 +44,12 @@ class BlockParts(NamedTuple):
 
 def why_never(parts: BlockParts) -> str | None:
     """Why a block cannot be computed as ours, whatever comes in; None where it can."""
-    for name, layer in (*(("qkv", layer) for layer in parts.qkv), ("proj", parts.proj), ("fc1", parts.fc1),
-                        ("fc2", parts.fc2)):
-        if type(layer) is not nn.Linear:
+    layers = [("qkv", layer) for layer in parts.qkv] + [("proj", parts.proj), ("fc1", parts.fc1), ("fc2", parts.fc2)]
+    for name, layer in layers:
+        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return f"{name} is a {type(layer).__name__}, no plain Linear"
+        if type(layer.weight) not in (nn.Parameter, Tensor):  # quantised, distributed, fake
+            return f"the weight of {name} is a {type(layer.weight).__name__}"
     for norm in (parts.norm1, parts.norm2):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"its norm is {type(norm).__name__}, no LayerNorm with weight and bias"
@@ -76,6 +78,8 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
     """
     if is_transformed(x):
         return "it is being compiled, traced or transformed"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}"
     if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
@@ -130,7 +134,8 @@ def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_
     dtype = product_dtype(x)
     sequences = Sequences(cu_seqlens(B, N, x.device), N, rotary, frame_size)
     scales = tuple(_row_scale(drop_path, x, dtype) for drop_path in (parts.drop_path1, parts.drop_path2))
-    return run_packed(x.reshape(B * N, D), parts, sequences, scales=scales).view(B, N, D)
+    out = run_packed(x.reshape(B * N, D), parts, sequences, scales=scales)
+    return torch.ops.aten._unsafe_view(out, (B, N, D))  # no view, as no other block returns one: FSDP's hooks warn of views
 
 
 def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: Activations = "all",

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import varlen_attention
-from ._block import FLOATS, BlockParts, cu_seqlens, is_transformed, run_block, why_not_now
+from ._block import FLOATS, BlockParts, cu_seqlens, gains, is_transformed, product_dtype, run_block, why_not_now
 from ._report import PatchError, Report, check_signature, has_own
 
 ATTENTION = "jepa_fast"
-KEPT_FOR = ("attention masks, output_attentions, dropout that drops, hooks on parts, and torch.compile: those calls run the "
-            "original")
+WHERE_ORIGINAL = ("its own code runs with attention masks, output_attentions, dropout that drops and hooks on parts, under "
+                  "torch.compile, and on CPUs, where ours was measured as slower, for few tokens, in float16{}")
+# on a CPU, fewer gain nothing: tokens of layers with rotary positions, and numbers of a float32 stream without them
+MIN_TOKENS, MIN_NUMBERS = 128, 150_000
 
 
 def modeling(name: str) -> types.ModuleType:
@@ -42,10 +45,27 @@ def is_idle(hook: Callable) -> bool:
     return not set(recorder._active_collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}
 
 
+def is_slower(x: Tensor, weight: Tensor, has_rotary: bool) -> bool:
+    """Whether a layer of x [B, N, D] was measured as slower than the original: on CPUs, for few tokens, 16-bit inference."""
+    if x.device.type != "cpu":
+        return False
+    dtype = product_dtype(x)
+    if has_rotary:
+        return dtype == torch.float16 or x.shape[0] * x.shape[1] < MIN_TOKENS
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not gains(x) or _prefers_sdpa(dtype, trains) or (dtype.itemsize > 2 and x.numel() < MIN_NUMBERS)
+
+
+def _prefers_sdpa(dtype: torch.dtype, trains: bool) -> bool:
+    """Whether PyTorch's 16-bit attention was measured as faster on CPUs."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not trains)
+
+
 def replace_layer(report: Report, cls: type, fast: Callable, model: nn.Module | None) -> None:
     """`Report.replace_method` of a layer's forward that keeps its gradient checkpointing.
 
-    transformers 4 checkpoints around the call of a layer, 5 within the forward, which every subclass gets wrapped anew.
+    transformers 4 checkpoints around the call of a layer, 5 within the forward, which every subclass gets wrapped anew; so
+    do the classes that `fully_shard` makes.
     """
     checkpoints_itself = any("__init_subclass__" in vars(base) for base in cls.__mro__[1:-1])
     inner = cls.forward.__wrapped__ if checkpoints_itself else cls.forward
@@ -56,7 +76,22 @@ def replace_layer(report: Report, cls: type, fast: Callable, model: nn.Module | 
             return self._gradient_checkpointing_func(functools.partial(fast, inner, self, **kwargs), *args)
         return fast(inner, self, *args, **kwargs)
 
-    report.replace_method(cls, "forward", layer, model)
+    innermost = inspect.unwrap(cls.forward)
+    classes = [cls] if model is None else dict.fromkeys(
+        type(part) for part in model.modules() if isinstance(part, cls) and inspect.unwrap(type(part).forward) is innermost)
+    for each in classes:
+        report.replace_method(each, "forward", layer, model)
+
+
+def check_parts(cls: type, parts: Callable, *arguments, **options) -> None:
+    """Refuse a layer that is not built of what `parts` asks for: make one that holds no numbers, and look."""
+    with torch.device("meta"):
+        layer = cls(*arguments, **options)
+    try:
+        parts(layer)
+    except AttributeError as error:
+        raise PatchError(f"{cls.__module__}.{cls.__name__} must have other parts for this patch: {error}; nothing was "
+                         f"replaced") from None
 
 
 def apply_to_vit(name: str, prefix: str, model: nn.Module | None) -> Report:
@@ -68,11 +103,16 @@ def apply_to_vit(name: str, prefix: str, model: nn.Module | None) -> Report:
     with Report.of(f"hf_{name}") as report:
         if hasattr(module, f"{prefix}Intermediate"):  # transformers 4
             check_signature(cls.forward, lambda self, hidden_states, head_mask=None: 0, f"{prefix}Layer.forward")
+            if model is None:
+                report.note("recording hidden states or attentions binds a model's forwards for good (transformers 4): what "
+                            "recorded before this is not reached, what does after it is not undone")
         else:
             check_signature(cls.forward, lambda self, hidden_states, attention_mask=None, **kwargs: 0,
                             f"{prefix}Layer.forward")
+        config = getattr(module, f"{prefix}Config")(hidden_size=8, num_attention_heads=1, intermediate_size=8)
+        check_parts(cls, _vit_parts, config)
         replace_layer(report, cls, _vit_layer, model)
-        report.keep(f"{prefix}Layer, at times", KEPT_FOR)
+        report.keep(f"{prefix}Layer", WHERE_ORIGINAL.format(" and in bfloat16 inference"))
         use_attention(report, model)
     return report
 
@@ -81,7 +121,8 @@ def _vit_layer(original, self, hidden_states, *masks, **options):
     parts = _vit_parts(self)
     attention = getattr(self.attention, "attention", self.attention)  # of transformers 4, of 5
     dropout = getattr(attention, "dropout_prob", None) or getattr(attention, "attention_dropout", 0.0)
-    if has_options(masks, options) or (dropout and attention.training) or why_not_now(self, parts, hidden_states, is_idle):
+    if (has_options(masks, options) or (dropout and attention.training) or why_not_now(self, parts, hidden_states, is_idle)
+            or is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
         return original(self, hidden_states, *masks, **options)
     return run_block(hidden_states, parts)
 
@@ -99,14 +140,18 @@ def _vit_parts(layer: nn.Module) -> BlockParts:
                       dropouts=(layer.dropout,))
 
 
-def use_attention(report: Report, model: nn.Module | None) -> None:
-    """Register "jepa_fast" as an attention, for good, and let the configurations of a model that name "sdpa" name it."""
+def register_hf_attention() -> None:
+    """Make attn_implementation="jepa_fast" known to transformers, for any of its models; it stays known."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(ATTENTION, attention_forward)
     # without this one a user's attention_mask would be dropped, and nothing said
-    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
+
+
+def use_attention(report: Report, model: nn.Module | None) -> None:
+    """Let the configurations of a model that name "sdpa" as their attention name ours."""
+    register_hf_attention()
     if model is None:
         report.note(f"attn_implementation={ATTENTION!r} names our attention, for what no layer computes itself")
         return
@@ -125,7 +170,7 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """The "jepa_fast" of `attn_implementation`: query [B, H, N, d], key and value [B, H, M, d] -> ([B, N, H, d], None).
 
     `varlen_attention` where it computes the same and is not slower; transformers' "sdpa" for masks, dropout, causal or
-    grouped heads, under torch.compile, and for 16-bit inference on CPUs.
+    grouped heads, under torch.compile, and where it is slower: on CPUs for few tokens, float16 and bfloat16 inference.
     """
     from transformers import AttentionInterface
 
@@ -145,7 +190,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     B, H, _, d = query.shape
     if key.shape != value.shape or (*key.shape[:2], key.shape[3]) != (B, H, d) or d > 256:
         return False
-    if query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
+    if query.device.type not in ("cpu", "cuda") or query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
         return False
-    is_half = query.dtype.itemsize == 2
-    return not (query.device.type == "cpu" and is_half and not (torch.is_grad_enabled() and query.requires_grad))
+    is_small = query.shape[0] * query.shape[2] < MIN_TOKENS
+    trains = torch.is_grad_enabled() and query.requires_grad
+    return query.is_cuda or not (is_small or _prefers_sdpa(query.dtype, trains))

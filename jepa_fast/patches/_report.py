@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import os
 import pathlib
 import sys
 import types
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 _ABSENT = object()
+_PATCHED = "is patched already"
 
 
 class PatchError(RuntimeError):
@@ -82,7 +84,7 @@ class Report:
         """
         original, what = getattr(cls, name), f"{cls.__name__}.{name}"
         if getattr(original, "is_of_jepa_fast", False):
-            self.keep(what, "the class is patched already")
+            self.keep(what, _PATCHED)
             return
 
         def method(self, *args, **kwargs):
@@ -98,9 +100,10 @@ class Report:
         for module in model.modules():
             if getattr(type(module), name, None) is not original:  # a subclass with its own is left alone
                 continue
-            if has_own(module, name):
-                is_ours = getattr(getattr(module, name), "is_of_jepa_fast", False)
-                self.keep(what, f"{'the instance is patched' if is_ours else 'has been replaced in the instance'} already")
+            if getattr(vars(module).get(name), "is_of_jepa_fast", False):
+                self.keep(what, _PATCHED)
+            elif has_own(module, name):
+                self.keep(what, "has been replaced in the instance already")
             else:
                 self.replace(module, name, types.MethodType(method, module), what)
 
@@ -123,7 +126,7 @@ class Report:
         """Make another report a part of this one."""
         for what, count in other.replaced.items():
             self.replaced[what] = self.replaced.get(what, 0) + count
-        self.kept |= other.kept
+        self.kept |= {what: why for what, why in other.kept.items() if why != _PATCHED or what not in self.replaced}
         self.notes += [note for note in other.notes if note not in self.notes]
         self._replacements += other._replacements
         other._replacements = []
@@ -159,10 +162,14 @@ def has_own(module: nn.Module, name: str) -> bool:
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
 
 
-def check_signature(function: Callable, expected: Callable, where: str) -> None:
-    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`."""
-    found, wanted = (inspect.signature(f).parameters.values() for f in (function, expected))
-    if [(p.kind, p.name, p.default) for p in found] != [(p.kind, p.name, p.default) for p in wanted]:
+def check_signature(function: Callable, expected: Callable, where: str, least: int | None = None) -> None:
+    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`.
+
+    least: so many of them, the first, are enough.
+    """
+    found, wanted = ([(p.kind, p.name, p.default) for p in inspect.signature(f).parameters.values()]
+                     for f in (function, expected))
+    if found != wanted and not (least and len(found) >= least and found == wanted[:len(found)]):
         raise PatchError(f"{where} must take {inspect.signature(expected)} for this patch, takes "
                          f"{inspect.signature(function)}: another version of that code; nothing was replaced")
 
@@ -182,10 +189,9 @@ def modules_defining(*names: str, among: Iterable[types.ModuleType] | None = Non
 
 def modules_of_checkout(module: types.ModuleType) -> list[types.ModuleType]:
     """The loaded modules whose files lie in the same checkout: beside or below the folder that `module` is imported from."""
-    depth = module.__name__.count(".") + 1
-    root = pathlib.Path(module.__file__).resolve().parents[depth - 1]
+    root = pathlib.Path(os.path.abspath(module.__file__)).parents[module.__name__.count(".")]
     return [other for other in list(sys.modules.values()) if isinstance(other, types.ModuleType)
-            and getattr(other, "__file__", None) and root in pathlib.Path(other.__file__).resolve().parents]
+            and os.path.abspath(getattr(other, "__file__", None) or "").startswith(f"{root}{os.sep}")]
 
 
 def modules_behind(model: nn.Module) -> list[types.ModuleType]:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..drop_in.attention import angle_dtype, attend, attention_dropout
+from ..drop_in.masks import apply_masks, repeat_interleave_batch
 from ._block import BlockParts, is_transformed, why_not_now
 from ._meta import Checkout
 from ._report import check_signature
 
 Positions = Callable[[nn.Module, Tensor, int | None, int | None, torch.dtype], Tensor]
+
+FUNCTIONS = {"apply_masks": (apply_masks, lambda x, masks, concat=True: 0),
+              "repeat_interleave_batch": (repeat_interleave_batch, lambda x, B, repeat: 0)}
 
 
 class Family(NamedTuple):
@@ -88,12 +92,11 @@ def classes_of(checkout: Checkout, name: str, expected: Callable) -> list[type]:
     """
     found = []
     for cls in checkout.definitions(name):
-        blocks = [cls.__init__.__globals__.get(block) for block in ("Block", "ACBlock")]
-        if cls.__module__ == checkout.core.__name__ or any(block in vars(checkout.core).values()
-                                                           for block in blocks if block):
-            check_signature(cls.forward, expected, f"{name}.forward")
-            found.append(cls)
-        elif not any(blocks) and list(inspect.signature(cls.forward).parameters) == list(
-                inspect.signature(expected).parameters):
+        block = cls.__init__.__globals__.get("Block")   # the layers' own, in models and in the layers' module
+        if block is not None:
+            if block in (vars(checkout.core).get("Block"), vars(checkout.core).get("ACBlock")):
+                check_signature(cls.forward, expected, f"{name}.forward")
+                found.append(cls)
+        elif list(inspect.signature(cls.forward).parameters) == list(inspect.signature(expected).parameters):
             found.append(cls)
     return found

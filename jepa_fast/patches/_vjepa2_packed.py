@@ -1,6 +1,6 @@
 """All masks of a batch as one packed batch: the encoders, predictors and wrappers of V-JEPA 2 and 2.1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ def why_not_packed(family: Family, owner: nn.Module, blocks: Sequence[nn.Module]
         if why is not None:
             return why
     first = blocks[0].attn
+    if getattr(first, "n_registers", 0) or getattr(first, "has_cls_first", False):
+        return "it has tokens without a position"
     same = all(type(block.attn) is type(first) and block.attn.num_heads == first.num_heads
                and getattr(block.attn, "grid_size", None) == getattr(first, "grid_size", None) for block in blocks)
     return None if same else "its blocks differ"
@@ -129,13 +131,14 @@ def calls_of(x: list[Tensor], masks) -> list[list[list[Tensor]]] | None:
     return calls if any(calls) else None
 
 
-def encode(family: Family, owner: nn.Module, vit: nn.Module, x: list[Tensor], masks, embed_of,
-           levels: Sequence[int] = ()) -> tuple[Packed, list[Tensor], list[list]] | None:
+def encode(family: Family, owner: nn.Module, vit: nn.Module, x: list[Tensor], masks, embed_of: Callable,
+           levels: Sequence[int] = (), modality_of: Callable = lambda vit, clips: None
+           ) -> tuple[Packed, list[Tensor], list[list]] | None:
     """The blocks of a vision transformer on the visible tokens of all masks; None where its own code must run.
 
     -> how they are packed, the outputs of blocks `levels` and of the last, and the calls that they answer.
     """
-    if not isinstance(x, (list, tuple)) or not x or not all(map(_is_plain, x)):
+    if not isinstance(x, (list, tuple)) or not x or not all(map(is_plain, x)):
         return None
     calls, embeds = calls_of(x, masks), [embed_of(vit, clips) for clips in x]
     if calls is None or not all(map(embeds_patches, embeds, x)) or why_not_packed(family, owner, vit.blocks, x[0]):
@@ -148,6 +151,9 @@ def encode(family: Family, owner: nn.Module, vit: nn.Module, x: list[Tensor], ma
         visible = visible_tokens(embed.proj, clips, flat)
         if not vit.use_rope:
             visible += vit.interpolate_pos_encoding(clips, vit.pos_embed)[0][torch.cat([m.flatten() for m in flat])]
+        modality = modality_of(vit, clips)
+        if modality is not None:
+            visible += modality[0]
         tokens.append(visible)
         grid = [size // vit.patch_size if vit.handle_nonsquare_inputs else None for size in clips.shape[-2:]]
         groups += [Group(torch.cat(call), *grid) for call in of_clips]
@@ -200,7 +206,7 @@ class Prediction(NamedTuple):
     mask_index: int
 
 
-def _is_plain(x) -> bool:
+def is_plain(x) -> bool:
     return type(x) in (Tensor, nn.Parameter) and not is_transformed(x)
 
 
@@ -208,7 +214,7 @@ def predicts_unsorted(family: Family, owner: nn.Module, predictor: nn.Module, ca
     """Whether `predict` answers: positions are explicit and all tokens stay, so that their order changes nothing."""
     if not calls or predictor.chop_last_n_tokens or predictor.num_mask_tokens < 1:
         return False
-    return all(_is_plain(call.x) and has_masks(call, call.x.shape[1]) for call in calls) and why_not_packed(
+    return all(is_plain(call.x) and has_masks(call, call.x.shape[1]) for call in calls) and why_not_packed(
         family, owner, predictor.predictor_blocks, calls[0].x) is None
 
 
@@ -253,7 +259,7 @@ def video_predictor(family: Family):
     """`VisionTransformerPredictor.forward` without Python loops over samples."""
     def forward(original, self, x, masks_x, masks_y, mask_index=1, has_cls=False):
         call = Prediction(x, single(masks_x), single(masks_y), mask_index)
-        if not _is_plain(x) or not has_masks(call, x.shape[1] - bool(has_cls)):
+        if not is_plain(x) or not has_masks(call, x.shape[1] - bool(has_cls)):
             return original(self, x, masks_x, masks_y, mask_index, has_cls)
         if not has_cls and not self.return_all_tokens and predicts_unsorted(family, self, self, [call]):
             return predict(family, self, [call])[0]

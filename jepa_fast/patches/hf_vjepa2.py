@@ -36,11 +36,13 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
         _hf.replace_layer(report, module.VJEPA2Layer, layer, model)
         _hf.replace_layer(report, module.VJEPA2PoolerSelfAttentionLayer, pooler_layer, model)
         report.replace_method(module.VJEPA2PredictorEmbeddings, "forward", _predictor_embeddings, model)
-        report.replace_method(module.VJEPA2Predictor, "sort_tokens", _sort_tokens, model)
+        sort = functools.partial(_sort_tokens, is_v4=is_v4)
+        report.replace_method(module.VJEPA2Predictor, "sort_tokens", sort, model)
         report.replace_method(module.VJEPA2Predictor, "unsort_tokens", _unsort_tokens, model)
         if not getattr(module.apply_masks, "is_of_jepa_fast", False):
             report.replace_everywhere(module.apply_masks, _apply_masks(module.apply_masks), [module])
-        report.keep("VJEPA2Layer, VJEPA2PoolerSelfAttentionLayer, at times", _hf.KEPT_FOR)
+        report.keep("VJEPA2Layer", _hf.WHERE_ORIGINAL.format(""))
+        report.keep("VJEPA2PoolerSelfAttentionLayer", _hf.WHERE_ORIGINAL.format(" and in bfloat16 inference"))
         if not is_v4:
             report.note('a layer that runs "eager" returns no attention weights unless they are asked for or it has hooks')
         if not strict_numerics:
@@ -73,19 +75,26 @@ def _check(module) -> bool:
     check_signature(module.VJEPA2RopeAttention.get_position_ids, lambda self, x, masks=None: 0,
                     "VJEPA2RopeAttention.get_position_ids")
     check_signature(module.apply_masks, lambda tensor, masks: 0, "apply_masks")
+    config = module.VJEPA2Config(hidden_size=8, num_attention_heads=1)
+    _hf.check_parts(module.VJEPA2Layer, _parts, config, hidden_size=8, num_attention_heads=1)
+    _hf.check_parts(module.VJEPA2PoolerSelfAttentionLayer, _pooler_parts, config)
     return is_v4
 
 
 def _layer(original, self, hidden_states, position_mask=None, *masks, weights, strict, **options):
-    attention = self.attention
-    parts = BlockParts(self.norm1, (attention.query, attention.key, attention.value), attention.proj, self.norm2,
-                       self.mlp.fc1, self.mlp.activation, self.mlp.fc2, attention.num_attention_heads,
-                       self.drop_path, self.drop_path)
+    parts, attention = _parts(self), self.attention
     if (_hf.has_options(masks, options) or (attention.dropout_prob and attention.training)
-            or why_not_now(self, parts, hidden_states, _hf.is_idle) or _may_want_weights(self)):
+            or why_not_now(self, parts, hidden_states, _hf.is_idle) or _may_want_weights(self)
+            or _hf.is_slower(hidden_states, parts.proj.weight, has_rotary=True)):
         return original(self, hidden_states, position_mask, *masks, **options)
     rotary = (_original_rotary if strict else _rotary)(attention, hidden_states, position_mask)
     return run_block(hidden_states, parts, rotary), *weights
+
+
+def _parts(layer: nn.Module) -> BlockParts:
+    attention, mlp = layer.attention, layer.mlp
+    return BlockParts(layer.norm1, (attention.query, attention.key, attention.value), attention.proj, layer.norm2, mlp.fc1,
+                      mlp.activation, mlp.fc2, attention.num_attention_heads, layer.drop_path, layer.drop_path)
 
 
 def _may_want_weights(layer: nn.Module) -> bool:
@@ -95,13 +104,18 @@ def _may_want_weights(layer: nn.Module) -> bool:
 
 
 def _pooler_layer(original, self, hidden_states, attention_mask, *masks, weights, **options):
-    attention = self.self_attn
-    parts = BlockParts(self.layer_norm1, (attention.q_proj, attention.k_proj, attention.v_proj), attention.out_proj,
-                       self.layer_norm2, self.mlp.fc1, self.mlp.activation, self.mlp.fc2, attention.num_heads)
+    parts, attention = _pooler_parts(self), self.self_attn
     if (_hf.has_options((attention_mask, *masks), options) or (attention.dropout and attention.training)
-            or why_not_now(self, parts, hidden_states, _hf.is_idle)):
+            or why_not_now(self, parts, hidden_states, _hf.is_idle)
+            or _hf.is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
         return original(self, hidden_states, attention_mask, *masks, **options)
     return run_block(hidden_states, parts), *weights
+
+
+def _pooler_parts(layer: nn.Module) -> BlockParts:
+    attention, mlp = layer.self_attn, layer.mlp
+    return BlockParts(layer.layer_norm1, (attention.q_proj, attention.k_proj, attention.v_proj), attention.out_proj,
+                      layer.layer_norm2, mlp.fc1, mlp.activation, mlp.fc2, attention.num_heads)
 
 
 _of_all, _of_some = RotaryTables(), RotaryTables()  # the encoder's outlives a forward pass, the predictor's cannot
@@ -150,14 +164,13 @@ def _predictor_embeddings(original, self, hidden_states, context_mask, target_ma
     return torch.cat([context, target], dim=1), torch.cat([context_mask[0], target_mask[0]], dim=1)
 
 
-def _sort_tokens(original, self, hidden_states, position_masks, argsort, head_mask=None):
-    if head_mask is not None and head_mask[0] is not None:
-        return original(self, hidden_states, position_masks, argsort, head_mask)
-    if is_transformed() or not _can_gather(hidden_states, argsort):
-        return original(self, hidden_states, position_masks, argsort)
+def _sort_tokens(original, self, hidden_states, position_masks, argsort, head_mask=None, *, is_v4):
+    head_masks = [head_mask] if is_v4 else []
+    if is_transformed() or (head_mask is not None and head_mask[0] is not None) or not _can_gather(hidden_states, argsort):
+        return original(self, hidden_states, position_masks, argsort, *head_masks)
     with torch.inference_mode(False):  # so that layers can tell whether it was written to
         position_masks = position_masks.gather(1, argsort)
-    return gather_tokens(hidden_states, argsort), position_masks
+    return gather_tokens(hidden_states, argsort), position_masks, *head_masks
 
 
 def _unsort_tokens(original, self, hidden_states, argsort):

@@ -166,7 +166,7 @@ def _multi_mask(encoder: type) -> Callable:
             positions = backbone.interpolate_pos_encoding(x, positions)
         tokens = backbone.patch_embed(x)
         if positions is not None:
-            tokens = tokens + positions
+            tokens += positions  # in place, so that under autocast tokens keep its dtype
         return [_encode(backbone, apply_masks(tokens, [mask]), mask) for mask in masks]
     return forward
 

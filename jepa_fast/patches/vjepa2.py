@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
-from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import has_inner_hooks, is_transformed, run_block
+from ._block import gains, has_inner_hooks, is_transformed, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
+    FUNCTIONS,
     Family,
     block_parts,
     classes_of,
@@ -38,8 +38,6 @@ _SIGNATURES = {
     "MultiSeqWrapper": lambda self, x, masks=None: 0,
     "PredictorMultiSeqWrapper": lambda self, x, masks_x, masks_y, has_cls=False: 0,
 }
-FUNCTIONS = {"apply_masks": (apply_masks, lambda x, masks, concat=True: 0),
-              "repeat_interleave_batch": (repeat_interleave_batch, lambda x, B, repeat: 0)}
 
 
 def matches(model: nn.Module) -> bool:
@@ -129,7 +127,7 @@ def _action_attention(family: Family):
 def _block(family: Family):
     def forward(original, self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
         where = mask, attn_mask, T, H_patches, W_patches
-        if why_not_fused(family, self, x, attn_mask) is not None:
+        if why_not_fused(family, self, x, attn_mask) is not None or not is_rotary(self.attn) and not gains(x):
             return original(self, x, *where)
         table = None
         if is_rotary(self.attn):
