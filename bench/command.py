@@ -34,6 +34,11 @@ def main(argv: list[str]) -> None:
 
         bench_scale(argv[1:])
         return
+    if argv[:1] == ["patches"]:
+        from .patches.command import main as bench_patches
+
+        bench_patches(argv[1:])
+        return
     arguments = tyro.cli(Arguments, prog="jepa-fast bench", args=argv)
     measure_rows = {"ops": ops_rows, "blocks": blocks_rows, "video-memory": video_memory_rows,
                     "plan": plan_rows}[arguments.what]

@@ -18,7 +18,7 @@ def bench_table() -> str:
     parts = []
     for path in sorted((ROOT / "bench/results").glob("*.json")):
         data = json.loads(path.read_text())
-        if "rows" not in data or "provenance" not in data:
+        if "rows" not in data or "provenance" not in data or path.stem == "patches-cpu":  # has a table of its own
             continue
         where = data["provenance"]
         parts.append(f"{path.stem}: {where['device']}, torch {where['torch']}, commit {where['commit']}\n")
@@ -70,6 +70,33 @@ def demo_table() -> str:
     return "\n".join(parts)
 
 
+def patches_table() -> str:
+    """bench/results/patches-cpu.json: one line per case; a ratio below 1 is a patch that loses."""
+    path = ROOT / "bench/results/patches-cpu.json"
+    if not path.exists():
+        return "Not measured yet: `jepa-fast bench patches --official FOLDER --out bench/results/patches-cpu.json`.\n"
+    data = json.loads(path.read_text())
+    cases: dict[tuple, dict] = {}
+    for row in data["rows"]:
+        cases.setdefault((row["bench"], row["case"]), {})[row["provider"]] = row
+    lines = [patch_cells(*key, providers) for key, providers in cases.items()]
+    where = dict(data["provenance"])
+    known = {key: where.pop(key) for key in ("device", "torch", "python", "commit")}
+    return (f"{known['device']}, torch {known['torch']}, commit {known['commit']}; patched: "
+            f"{', '.join(f'{name} {version}' for name, version in where.items())}\n\n"
+            + markdown(("patch", "case", "before, ms (p20 – p80)", "after, ms (p20 – p80)", "× faster", "goal",
+                        "with AdamWEMA", "peak MB before", "after"), lines))
+
+
+def patch_cells(patch: str, case: str, providers: dict[str, dict]) -> tuple:
+    before, after, by_hand = (providers.get(name) for name in ("before", "after", "after, by hand"))
+    digits = 0 if before["ms"] >= 100 else 1
+    times = [f"{row['ms']:.{digits}f} ({row['p20_ms']:.{digits}f} – {row['p80_ms']:.{digits}f})" for row in (before, after)]
+    goal = f"{after['goal']:g}{'' if after['ratio'] >= after['goal'] else ' (missed)'}" if "goal" in after else ""
+    return (patch, case, *times, f"{after['ratio']:.2f}{' (slower)' if after['ratio'] < 1 else ''}", goal,
+            f"{by_hand['ratio']:.2f}" if by_hand else "", f"{before['peak_mb']:.0f}", f"{after['peak_mb']:.0f}")
+
+
 def gpu_table() -> str:
     """Goals and times of every bench/results/gpu/<device>/results.json; or that there are none."""
     from .gpu_page import TIME_COLUMNS, time_cells
@@ -102,7 +129,7 @@ def put(text: str, name: str, table: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("demo", demo_table), ("steps", step_table), ("gpu", gpu_table)):
+    for name, table in (("demo", demo_table), ("steps", step_table), ("patches", patches_table), ("gpu", gpu_table)):
         text = put(text, name, table())
     readme.write_text(text)
     (ROOT / "bench/results/tables.md").write_text("# Ops, masks, planning, memory\n\nMeasured in one run each; "

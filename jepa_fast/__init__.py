@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PIECES = {
     "AdamWEMA": "optim", "SIGReg": "nn", "ema_update_": "ops",
+    "register_hf_attention": "patches._hf",
     "ACRoPEAttention": "drop_in.attention", "RoPEAttention": "drop_in.attention",
     "apply_masks": "drop_in.masks", "repeat_interleave_batch": "drop_in.masks",
 }

@@ -25,6 +25,7 @@ USAGE = """usage: jepa-fast COMMAND ...
                                               whole steps: the authors' code, tuned PyTorch, ours, in one run
   bench scale --config RECIPE --from FILE     what that step would be on 1 to 1,024 GPUs, on paper
   bench ops | blocks | video-memory | plan    ratios against plain PyTorch, measured in one run
+  bench patches [--official FOLDER]           code of others before and after its patch, measured in one run
   info [--all]                                devices, versions, and which code each op would run
   recipes                                     the recipes, one line each
 

@@ -13,7 +13,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.mark.parametrize("name", hf_checks.ALL)
 def test_patched(name):
-    hf_checks.ALL[name]()
+    with hf_checks.for_any_size():
+        hf_checks.ALL[name]()
+
+
+def test_small_layers_run_as_they_were():
+    model = hf_checks.build("ijepa")
+    with hf_checks.hf_ijepa.apply(model), hf_checks.counted() as count:
+        hf_checks.outputs(model, "ijepa")
+    assert not count
 
 
 def test_transformers_4(request):

@@ -14,6 +14,7 @@ from jepa_fast.patches import lightly as patch
 
 lightly = pytest.importorskip("lightly")
 timm = pytest.importorskip("timm")
+from lightly.data import IJEPAMaskCollator  # noqa: E402
 from lightly.loss import LeJEPALoss, SIGReg  # noqa: E402
 from lightly.models import utils  # noqa: E402
 from lightly.models.modules import IJEPAPredictorTIMM, MaskedVisionTransformerTIMM  # noqa: E402
@@ -26,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     """Tiny inputs take the fast path too."""
-    for module, names in ((_block, ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS")),
+    for module, names in ((_block, ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF")),
                           (patch, ("MIN_MOVED", "MIN_AVERAGED", "MIN_PROJECTIONS"))):
         for name in names:
             monkeypatch.setattr(module, name, 0)
@@ -214,6 +215,29 @@ def train_ijepa(patched: bool) -> tuple[list[float], list[str]]:
 def test_ijepa_training():
     plain, ours = train_ijepa(False), train_ijepa(True)
     assert ours[0] == pytest.approx(plain[0], rel=1e-5) and ours[1] == plain[1]
+
+
+@pytest.mark.parametrize("settings, is_ours", [
+    (dict(input_size=(64, 96), patch_size=8, pred_mask_scale=(0.15, 0.2), enc_mask_scale=(0.85, 1.0),
+          aspect_ratio=(0.75, 1.5), npred=4), True),
+    (dict(input_size=(224, 160), patch_size=32), False)], ids=["i-jepa", "may not end"])
+def test_mask_collator(settings, is_ours, monkeypatch):
+    """The same masks from the same numbers, batch after batch, and the generator left where lightly leaves it."""
+    configs = []
+    monkeypatch.setattr(patch, "_next_official",
+                        lambda config, *args, _next=patch._next_official: configs.append(config) or _next(config, *args))
+
+    def batches():
+        collator = IJEPAMaskCollator(**settings)
+        torch.manual_seed(7)
+        return [collator([torch.ones(2)] * 3) for _ in range(3)], torch.rand(1)
+
+    plain = batches()
+    with patch.apply() as report:
+        torch.testing.assert_close(batches(), plain, rtol=0, atol=0)
+        assert report.replaced["IJEPAMaskCollator.__call__"] == 1 and len(configs) == 3 * is_ours
+    with patch.apply(nn.Identity()) as report:
+        assert "IJEPAMaskCollator" in report.kept
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -16,7 +16,7 @@ from torch import nn
 from jepa_fast import ops, patches
 from jepa_fast.patches import PatchError
 
-N, D, K = 24, 6, 40
+N, D, K = 24, 6, 1024
 FLOOR = 4 * torch.finfo(torch.float32).eps
 
 
@@ -138,13 +138,17 @@ def without_ours(monkeypatch):
         monkeypatch.setattr(path, None)
 
 
-@pytest.mark.parametrize("reason", ["no kernel", "float64", "compiled", "knots"])
+@pytest.mark.parametrize("reason", ["no kernel", "float64", "compiled", "knots", "few"])
 @pytest.mark.parametrize("name", NAMES)
 def test_its_own_code_where_ours_is_not_faster_or_not_the_same(name, reason, without_ours, monkeypatch):
     inputs, module, twin = inputs_of(name), module_of(name), module_of(name)
     if reason == "float64":
         module, twin = (in_float64(one, monkeypatch) for one in (module, twin))
         inputs = [x.double() for x in inputs]
+    if reason == "few":
+        inputs = [x[..., :2 if name == "eb_jepa" else 3, :] for x in inputs]
+        for one in (module, twin):
+            one.num_slices = 40
     if reason == "compiled":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     if reason == "knots":
@@ -188,11 +192,14 @@ def test_copies_and_pickles(name, importable, tmp_path):
     inputs, module = inputs_of(name), module_of(name)
     expected = with_gradients(module_of(name), *inputs)
     with getattr(patches, name).apply(module):
+        torch.save(module, tmp_path / "model.pt")
         twin = copy.deepcopy(module)
         assert error(with_gradients(twin, *inputs)[1], expected[1]) < 2e-6
     with getattr(patches, name).apply():
-        torch.save(module_of(name), tmp_path / "module.pt")
-    assert all(map(torch.equal, with_gradients(torch.load(tmp_path / "module.pt", weights_only=False), *inputs), expected))
+        torch.save(module_of(name), tmp_path / "class.pt")
+    for file in ("model.pt", "class.pt"):  # loaded without the patch
+        loaded = torch.load(tmp_path / file, weights_only=False)
+        assert all(map(torch.equal, with_gradients(loaded, *inputs), expected))
 
 
 # ---- the teacher of stable-pretraining
@@ -262,6 +269,17 @@ def test_what_reports_say():
         assert report.patch == "auto (eb_jepa, lejepa, stable_pretraining)"
         assert report.replaced == {"BCS.forward": 1, "SlicingUnivariateTest.forward": 1, "EppsPulley.forward": 2,
                                    "SlicedEppsPulley.forward": 1}
+
+
+def test_a_backbone_of_timm_is_patched_along():
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    model = nn.ModuleDict({"backbone": vit.VisionTransformer(16, 8, num_classes=0, embed_dim=24, depth=2, num_heads=2),
+                           "sigreg": spt.SlicedEppsPulley(K)})
+    with patches.stable_pretraining.apply(model) as report:
+        assert report.replaced["Block.forward"] == 2
+    with patches.auto(model) as report:
+        assert report.replaced["Block.forward"] == 2 and "Block.forward" not in report.kept
+    assert "forward" not in vars(model["backbone"].blocks[0])
 
 
 # ---- data parallelism

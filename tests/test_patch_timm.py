@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jepa_fast.patches import PatchError, _block
+from jepa_fast.patches import PatchError, _block, _timm_rope
 from jepa_fast.patches import timm as patch
 
 timm = pytest.importorskip("timm")
@@ -35,7 +35,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     """Tiny models take the fast path too."""
-    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS"):
+    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF"):
         monkeypatch.setattr(_block, name, 0)
 
 
@@ -238,7 +238,8 @@ def test_what_timm_computes_itself(runs):
 def test_one_table_for_all_layers(name, per_pass, monkeypatch):
     """And for all passes where timm keeps its rope; DINOv3's is made in each."""
     tables = []
-    monkeypatch.setattr(patch, "make_table", lambda *args, _make=patch.make_table: tables.append(_make(*args)) or tables[-1])
+    monkeypatch.setattr(_timm_rope, "make_table", lambda *args, _make=_timm_rope.make_table: tables.append(_make(*args))
+                        or tables[-1])
     model = timm.create_model(name, **TINY)
     with patch.apply(model):
         with torch.inference_mode():

@@ -19,8 +19,8 @@ from ..nn.block_function import Activations, BlockWeights, How, block
 from ._report import has_own
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
-MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
+# on a CPU, a block of fewer tokens or products per thread gains nothing; training gains later than evaluation
+MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS, MIN_PRODUCTS_HALF = 256, 64, 25e6, 7e6
 
 
 class BlockParts(NamedTuple):
@@ -48,6 +48,8 @@ def why_never(parts: BlockParts) -> str | None:
     for name, layer in layers:
         if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return f"{name} is a {type(layer).__name__}, no plain Linear"
+        if type(layer.weight) not in (nn.Parameter, Tensor):  # quantised, distributed, fake
+            return f"the weight of {name} is a {type(layer.weight).__name__}"
     for norm in (parts.norm1, parts.norm2):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"its norm is {type(norm).__name__}, no LayerNorm with weight and bias"
@@ -76,6 +78,8 @@ def why_not_now(owner: nn.Module, parts: BlockParts, x: Tensor,
     """
     if is_transformed(x):
         return "it is being compiled, traced or transformed"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}"
     if x.dim() != 3 or x.dtype not in FLOATS:
         return f"x is {list(x.shape)} {x.dtype}"
     if not torch.is_autocast_enabled(x.device.type) and parts.proj.weight.dtype != x.dtype:
@@ -107,8 +111,8 @@ def gains(x: Tensor) -> bool:
         return True
     tokens = x.shape[0] * x.shape[1]
     is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
-    return (tokens >= (MIN_TOKENS_HALF if is_half else MIN_TOKENS)
-            and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
+    min_tokens, min_products = (MIN_TOKENS_HALF, MIN_PRODUCTS_HALF) if is_half else (MIN_TOKENS, MIN_PRODUCTS)
+    return tokens >= min_tokens and tokens * x.shape[2] ** 2 >= min_products * torch.get_num_threads()
 
 
 def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:
@@ -130,7 +134,8 @@ def run_block(x: Tensor, parts: BlockParts, rotary: Tensor | None = None, frame_
     dtype = product_dtype(x)
     sequences = Sequences(cu_seqlens(B, N, x.device), N, rotary, frame_size)
     scales = tuple(_row_scale(drop_path, x, dtype) for drop_path in (parts.drop_path1, parts.drop_path2))
-    return run_packed(x.reshape(B * N, D), parts, sequences, scales=scales).view(B, N, D)
+    out = run_packed(x.reshape(B * N, D), parts, sequences, scales=scales)
+    return torch.ops.aten._unsafe_view(out, (B, N, D))  # no view, as no other block returns one: FSDP's hooks warn of views
 
 
 def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: Activations = "all",

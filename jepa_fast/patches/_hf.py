@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import varlen_attention
-from ._block import FLOATS, BlockParts, cu_seqlens, is_transformed, run_block, why_not_now
+from ._block import FLOATS, BlockParts, cu_seqlens, gains, is_transformed, product_dtype, run_block, why_not_now
 from ._report import PatchError, Report, check_signature, has_own
 
 ATTENTION = "jepa_fast"
 WHERE_ORIGINAL = ("its own code runs with attention masks, output_attentions, dropout that drops and hooks on parts, under "
-                  "torch.compile, and on CPUs, where ours was measured as slower, in float16{}")
+                  "torch.compile, and on CPUs, where ours was measured as slower, for few tokens, in float16{}")
+# on a CPU, less gains nothing: tokens, of wide layers with rotary positions, and numbers of a float32 stream without them
+MIN_TOKENS, MIN_NUMBERS = 128, 150_000
+NARROW = 256
 
 
 def modeling(name: str) -> types.ModuleType:
@@ -42,19 +46,32 @@ def is_idle(hook: Callable) -> bool:
     return not set(recorder._active_collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}
 
 
-def is_slower(x: Tensor, weight: Tensor, has_rotary: bool) -> bool:
-    """Whether this was measured as slower than the original: on CPUs float16, and bfloat16 inference without rotary."""
-    if x.device.type != "cpu":
+def runs_itself(layer: nn.Module, parts: BlockParts, x: Tensor, has_rotary: bool) -> bool:
+    """Whether a layer must run its own code on x [B, N, D], or is faster so."""
+    return is_transformed(x) or _is_slower(x, parts, has_rotary) or why_not_now(layer, parts, x, is_idle) is not None
+
+
+def _is_slower(x: Tensor, parts: BlockParts, has_rotary: bool) -> bool:
+    """Whether ours was measured as slower: on CPUs, for few tokens, and in 16-bit inference without rotary positions."""
+    if x.device.type != "cpu" or x.dim() != 3:
         return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not has_rotary and not trains)
+    dtype = product_dtype(x)
+    if has_rotary:
+        return dtype == torch.float16 or (x.shape[2] > NARROW and x.shape[0] * x.shape[1] < MIN_TOKENS)
+    trains = torch.is_grad_enabled() and (x.requires_grad or parts.proj.weight.requires_grad)
+    return not gains(x) or _prefers_sdpa(dtype, trains) or (dtype.itemsize > 2 and x.numel() < MIN_NUMBERS)
+
+
+def _prefers_sdpa(dtype: torch.dtype, trains: bool) -> bool:
+    """Whether PyTorch's 16-bit attention was measured as faster on CPUs."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not trains)
 
 
 def replace_layer(report: Report, cls: type, fast: Callable, model: nn.Module | None) -> None:
     """`Report.replace_method` of a layer's forward that keeps its gradient checkpointing.
 
-    transformers 4 checkpoints around the call of a layer, 5 within the forward, which every subclass gets wrapped anew.
+    transformers 4 checkpoints around the call of a layer, 5 within the forward, which every subclass gets wrapped anew; so
+    do the classes that `fully_shard` makes.
     """
     checkpoints_itself = any("__init_subclass__" in vars(base) for base in cls.__mro__[1:-1])
     inner = cls.forward.__wrapped__ if checkpoints_itself else cls.forward
@@ -65,7 +82,22 @@ def replace_layer(report: Report, cls: type, fast: Callable, model: nn.Module | 
             return self._gradient_checkpointing_func(functools.partial(fast, inner, self, **kwargs), *args)
         return fast(inner, self, *args, **kwargs)
 
-    report.replace_method(cls, "forward", layer, model)
+    innermost = inspect.unwrap(cls.forward)
+    classes = [cls] if model is None else dict.fromkeys(
+        type(part) for part in model.modules() if isinstance(part, cls) and inspect.unwrap(type(part).forward) is innermost)
+    for each in classes:
+        report.replace_method(each, "forward", layer, model)
+
+
+def check_parts(cls: type, parts: Callable, *arguments, **options) -> None:
+    """Refuse a layer that is not built of what `parts` asks for: make one that holds no numbers, and look."""
+    with torch.device("meta"):
+        layer = cls(*arguments, **options)
+    try:
+        parts(layer)
+    except AttributeError as error:
+        raise PatchError(f"{cls.__module__}.{cls.__name__} must have other parts for this patch: {error}; nothing was "
+                         f"replaced") from None
 
 
 def apply_to_vit(name: str, prefix: str, model: nn.Module | None) -> Report:
@@ -83,6 +115,8 @@ def apply_to_vit(name: str, prefix: str, model: nn.Module | None) -> Report:
         else:
             check_signature(cls.forward, lambda self, hidden_states, attention_mask=None, **kwargs: 0,
                             f"{prefix}Layer.forward")
+        config = getattr(module, f"{prefix}Config")(hidden_size=8, num_attention_heads=1, intermediate_size=8)
+        check_parts(cls, _vit_parts, config)
         replace_layer(report, cls, _vit_layer, model)
         report.keep(f"{prefix}Layer", WHERE_ORIGINAL.format(" and in bfloat16 inference"))
         use_attention(report, model)
@@ -93,8 +127,8 @@ def _vit_layer(original, self, hidden_states, *masks, **options):
     parts = _vit_parts(self)
     attention = getattr(self.attention, "attention", self.attention)  # of transformers 4, of 5
     dropout = getattr(attention, "dropout_prob", None) or getattr(attention, "attention_dropout", 0.0)
-    if (has_options(masks, options) or (dropout and attention.training) or why_not_now(self, parts, hidden_states, is_idle)
-            or is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
+    if (has_options(masks, options) or (dropout and attention.training)
+            or runs_itself(self, parts, hidden_states, has_rotary=False)):
         return original(self, hidden_states, *masks, **options)
     return run_block(hidden_states, parts)
 
@@ -112,14 +146,18 @@ def _vit_parts(layer: nn.Module) -> BlockParts:
                       dropouts=(layer.dropout,))
 
 
-def use_attention(report: Report, model: nn.Module | None) -> None:
-    """Register "jepa_fast" as an attention, for good, and let the configurations of a model that name "sdpa" name it."""
+def register_hf_attention() -> None:
+    """Make attn_implementation="jepa_fast" known to transformers, for any of its models; it stays known."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(ATTENTION, attention_forward)
     # without this one a user's attention_mask would be dropped, and nothing said
-    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
+
+
+def use_attention(report: Report, model: nn.Module | None) -> None:
+    """Let the configurations of a model that name "sdpa" as their attention name ours."""
+    register_hf_attention()
     if model is None:
         report.note(f"attn_implementation={ATTENTION!r} names our attention, for what no layer computes itself")
         return
@@ -138,7 +176,7 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """The "jepa_fast" of `attn_implementation`: query [B, H, N, d], key and value [B, H, M, d] -> ([B, N, H, d], None).
 
     `varlen_attention` where it computes the same and is not slower; transformers' "sdpa" for masks, dropout, causal or
-    grouped heads, under torch.compile, and where it is slower: for float16 and bfloat16 inference on CPUs.
+    grouped heads, under torch.compile, and where it is slower: on CPUs for few tokens, float16 and bfloat16 inference.
     """
     from transformers import AttentionInterface
 
@@ -158,6 +196,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     B, H, _, d = query.shape
     if key.shape != value.shape or (*key.shape[:2], key.shape[3]) != (B, H, d) or d > 256:
         return False
-    if query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
+    if query.device.type not in ("cpu", "cuda") or query.dtype not in FLOATS or not query.dtype == key.dtype == value.dtype:
         return False
-    return not is_slower(query, query, has_rotary=False)
+    is_small = query.shape[0] * query.shape[2] < MIN_TOKENS
+    trains = torch.is_grad_enabled() and query.requires_grad
+    return query.is_cuda or not (is_small or _prefers_sdpa(query.dtype, trains))

@@ -38,18 +38,16 @@ def roll(world: nn.Module, first: Tensor, actions: Tensor, history: int) -> Tens
     condition = transformer.cond_proj(actions)
     modulations = [layer.adaLN_modulation(condition) for layer in transformer.layers]
     states = list(first.unbind(1))
-    kept: list = []
+    kept: list = [None] * len(transformer.layers)
     for end in range(first.shape[1], actions.shape[1] + 1):
         begin = max(0, end - history)
-        if begin > 0 or not kept:
-            kept, start = [None] * len(transformer.layers), begin
-        else:
-            start = end - 1
+        start = end - 1 if any(kept) else begin
         x = torch.stack(states[start:end], 1) + predictor.pos_embedding[:, start - begin:end - begin]
         x = transformer.input_proj(x)
         for i, layer in enumerate(transformer.layers):
             is_last = i == len(transformer.layers) - 1
-            x, kept[i] = _layer(layer, x, modulations[i][:, start:end], kept[i], is_last)
+            x, keys_values = _layer(layer, x, modulations[i][:, start:end], kept[i], is_last)
+            kept[i] = keys_values if end < history else None  # then the next window begins where this one does
         states.append(world.pred_proj(transformer.output_proj(transformer.norm(x))[:, -1]))
     return torch.stack(states, 1)
 

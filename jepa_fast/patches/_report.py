@@ -162,10 +162,14 @@ def has_own(module: nn.Module, name: str) -> bool:
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), name)
 
 
-def check_signature(function: Callable, expected: Callable, where: str) -> None:
-    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`."""
-    found, wanted = (inspect.signature(f).parameters.values() for f in (function, expected))
-    if [(p.kind, p.name, p.default) for p in found] != [(p.kind, p.name, p.default) for p in wanted]:
+def check_signature(function: Callable, expected: Callable, where: str, least: int | None = None) -> None:
+    """Refuse a function whose parameters (kinds, names, defaults) are not those of the lambda `expected`.
+
+    least: so many of them, the first, are enough.
+    """
+    found, wanted = ([(p.kind, p.name, p.default) for p in inspect.signature(f).parameters.values()]
+                     for f in (function, expected))
+    if found != wanted and not (least and len(found) >= least and found == wanted[:len(found)]):
         raise PatchError(f"{where} must take {inspect.signature(expected)} for this patch, takes "
                          f"{inspect.signature(function)}: another version of that code; nothing was replaced")
 

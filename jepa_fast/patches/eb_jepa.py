@@ -48,7 +48,7 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
 
 
 def _bcs(original, self, z1: Tensor, z2: Tensor, *, strict_numerics: bool) -> dict[str, Tensor]:
-    if z1.dim() != 2 or z1.shape != z2.shape or z1.dtype != z2.dtype or why_not_now(z1, self):
+    if z1.dim() != 2 or z1.shape != z2.shape or z1.dtype != z2.dtype or why_not_now(z1, self, self.num_slices, fewest=128):
         return original(self, z1, z2)
     return sigreg_sources.bcs(self, z1, z2, strict_numerics)
 
@@ -58,7 +58,8 @@ def _epps_pulley(original, strict_numerics: bool):
     def epps_pulley(x, t_min=-3, t_max=3, n_points=10):
         is_as_written = strict_numerics and resolve_group("auto") is not None
         is_grid = t_min == -t_max and n_points > 1
-        if is_as_written or not is_grid or x.dim() != 2 or why_not_now(x, nn.Identity(), op="projection_sums"):
+        if is_as_written or not is_grid or x.dim() != 2 or why_not_now(x, nn.Identity(), x.shape[1], op="projection_sums",
+                                                                       fewest=512):
             return original(x, t_min, t_max, n_points)
         return ops.epps_pulley(x, quadrature=Quadrature.trapezoid(t_min, t_max, n_points), scale="none",
                                process_group="auto", ddp_weighting="rank")

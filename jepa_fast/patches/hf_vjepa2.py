@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import gather_tokens
 from . import _hf
-from ._block import BlockParts, is_transformed, run_block, why_not_now
+from ._block import BlockParts, is_transformed, run_block
 from ._report import Report, check_signature
 from ._rotary import RotaryTables
 
@@ -75,20 +75,25 @@ def _check(module) -> bool:
     check_signature(module.VJEPA2RopeAttention.get_position_ids, lambda self, x, masks=None: 0,
                     "VJEPA2RopeAttention.get_position_ids")
     check_signature(module.apply_masks, lambda tensor, masks: 0, "apply_masks")
+    config = module.VJEPA2Config(hidden_size=8, num_attention_heads=1)
+    _hf.check_parts(module.VJEPA2Layer, _parts, config, hidden_size=8, num_attention_heads=1)
+    _hf.check_parts(module.VJEPA2PoolerSelfAttentionLayer, _pooler_parts, config)
     return is_v4
 
 
 def _layer(original, self, hidden_states, position_mask=None, *masks, weights, strict, **options):
-    attention = self.attention
-    parts = BlockParts(self.norm1, (attention.query, attention.key, attention.value), attention.proj, self.norm2,
-                       self.mlp.fc1, self.mlp.activation, self.mlp.fc2, attention.num_attention_heads,
-                       self.drop_path, self.drop_path)
+    parts, attention = _parts(self), self.attention
     if (_hf.has_options(masks, options) or (attention.dropout_prob and attention.training)
-            or why_not_now(self, parts, hidden_states, _hf.is_idle) or _may_want_weights(self)
-            or _hf.is_slower(hidden_states, parts.proj.weight, has_rotary=True)):
+            or _hf.runs_itself(self, parts, hidden_states, has_rotary=True) or _may_want_weights(self)):
         return original(self, hidden_states, position_mask, *masks, **options)
     rotary = (_original_rotary if strict else _rotary)(attention, hidden_states, position_mask)
     return run_block(hidden_states, parts, rotary), *weights
+
+
+def _parts(layer: nn.Module) -> BlockParts:
+    attention, mlp = layer.attention, layer.mlp
+    return BlockParts(layer.norm1, (attention.query, attention.key, attention.value), attention.proj, layer.norm2, mlp.fc1,
+                      mlp.activation, mlp.fc2, attention.num_attention_heads, layer.drop_path, layer.drop_path)
 
 
 def _may_want_weights(layer: nn.Module) -> bool:
@@ -98,14 +103,17 @@ def _may_want_weights(layer: nn.Module) -> bool:
 
 
 def _pooler_layer(original, self, hidden_states, attention_mask, *masks, weights, **options):
-    attention = self.self_attn
-    parts = BlockParts(self.layer_norm1, (attention.q_proj, attention.k_proj, attention.v_proj), attention.out_proj,
-                       self.layer_norm2, self.mlp.fc1, self.mlp.activation, self.mlp.fc2, attention.num_heads)
+    parts, attention = _pooler_parts(self), self.self_attn
     if (_hf.has_options((attention_mask, *masks), options) or (attention.dropout and attention.training)
-            or why_not_now(self, parts, hidden_states, _hf.is_idle)
-            or _hf.is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
+            or _hf.runs_itself(self, parts, hidden_states, has_rotary=False)):
         return original(self, hidden_states, attention_mask, *masks, **options)
     return run_block(hidden_states, parts), *weights
+
+
+def _pooler_parts(layer: nn.Module) -> BlockParts:
+    attention, mlp = layer.self_attn, layer.mlp
+    return BlockParts(layer.layer_norm1, (attention.q_proj, attention.k_proj, attention.v_proj), attention.out_proj,
+                      layer.layer_norm2, mlp.fc1, mlp.activation, mlp.fc2, attention.num_heads)
 
 
 _of_all, _of_some = RotaryTables(), RotaryTables()  # the encoder's outlives a forward pass, the predictor's cannot

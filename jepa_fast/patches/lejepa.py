@@ -46,14 +46,15 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
 def _sliced(epps_pulley: type | None):
     def fast(original, self, x: Tensor) -> Tensor:
         test = self.univariate_test
-        if type(test) is not epps_pulley or self.reduction not in ("mean", "sum", None) or why_not_now(x, self, test):
+        if type(test) is not epps_pulley or self.reduction not in ("mean", "sum", None):
             return original(self, x)
-        return sliced_epps_pulley(self, x)
+        return original(self, x) if why_not_now(x, self, self.num_slices, test) else sliced_epps_pulley(self, x)
     return fast
 
 
 def _alone(original, self, x: Tensor) -> Tensor:
-    return original(self, x) if why_not_now(x, self, self, "projection_sums") else EppsPulley.forward(self, x)
+    why = why_not_now(x, self, x.shape[-1], self, op="projection_sums", fewest=2048)
+    return original(self, x) if why else EppsPulley.forward(self, x)
 
 
 def _imported() -> dict[str, type]:

@@ -12,6 +12,8 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+from ..drop_in.collators import _next_official
+from ..masking import MultiBlock
 from ..nn.sigreg_sources import LightlySIGReg
 from ..ops import ema_update_, gather_tokens
 from . import timm, torchvision
@@ -34,16 +36,23 @@ def apply(model: nn.Module | None = None, *, modules: Iterable[types.ModuleType]
 
     The functions are replaced in all of lightly and in `modules`, those of yours that imported them. SIGReg: of the class
     where model is None (then of LeJEPALoss and LeWMLoss too), else of the losses inside a model. Takes the patches of timm
-    and torchvision with it. strict_numerics leaves mask_at_index alone, which multiplies by zero what it masks.
+    and torchvision with it, and where model is None IJEPAMaskCollator, whose masks stay the same bits. strict_numerics
+    leaves mask_at_index alone, which multiplies by zero what it masks.
     """
-    loss, utils = import_module("lightly.loss.lejepa_loss"), import_module("lightly.models.utils")
+    loss, utils, collate = map(import_module, ("lightly.loss.lejepa_loss", "lightly.models.utils",
+                                               "lightly.data.ijepa_collate"))
     check_signature(loss.SIGReg.forward, lambda self, proj: 0, "lightly's SIGReg.forward")
     check_signature(loss.SIGReg._generate_unit_vectors, lambda self, device, dtype, num_features: 0,
                     "lightly's SIGReg._generate_unit_vectors")
+    check_signature(collate.IJEPAMaskCollator.__call__, lambda self, batch: 0, "lightly's IJEPAMaskCollator.__call__")
     for name, (expected, _) in _FUNCTIONS.items():
         check_signature(getattr(utils, name), expected, f"lightly's {name}")
     with Report.of("lightly") as report:
         report.replace_method(loss.SIGReg, "forward", functools.partial(fast_sigreg, loss.SIGReg), model)
+        if model is None:
+            report.replace_method(collate.IJEPAMaskCollator, "__call__", fast_collator)
+        else:
+            report.keep("IJEPAMaskCollator", "no part of a model: apply() without one replaces it")
         for name, (_, fast) in _FUNCTIONS.items():
             original = getattr(utils, name)
             if strict_numerics and name == "mask_at_index":
@@ -58,7 +67,6 @@ def apply(model: nn.Module | None = None, *, modules: Iterable[types.ModuleType]
 
 
 def _say_what_differs(report: Report, strict_numerics: bool) -> None:
-    report.keep("IJEPAMaskCollator", "it draws from the global random numbers one by one, and loader processes run it")
     report.keep("VISRegLoss, CAPI and the other losses", "none of them is SIGReg")
     if not strict_numerics:
         report.note("mask_at_index replaces tokens that are NaN or infinite too; lightly's leaves NaN")
@@ -83,6 +91,30 @@ def fast_sigreg(cls: type, original, self, proj: Tensor) -> Tensor:
     if is_plain and _is_large(proj, proj.shape[:-1].numel() * self.num_vectors, MIN_PROJECTIONS):
         return LightlySIGReg.forward(self, proj)
     return original(self, proj)
+
+
+def fast_collator(original, self, batch: list) -> tuple:
+    """The collated batch, context lists and target lists; the same masks from the same random numbers, drawn in C++."""
+    grid = self.height, self.width
+    config = _blocks(grid, self.npred, self.nenc, tuple(self.pred_mask_scale), tuple(self.enc_mask_scale),
+                     tuple(self.aspect_ratio), self.min_keep, self.allow_overlap)
+    if config is None:
+        return original(self, batch)
+    collated, counter = torch.utils.data.default_collate(batch), self.step()
+    masks = _next_official(config, grid, counter, len(batch))
+    return collated, masks.context_lists(), masks.target_lists()
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(grid: tuple[int, int], *settings) -> MultiBlock | None:
+    """A collator's settings; None for those with which lightly's may never end, which it may go on to try."""
+    names = ("num_targets", "num_contexts", "target_scale", "context_scale", "aspect_ratio", "min_keep", "allow_overlap")
+    try:
+        config = MultiBlock(**dict(zip(names, settings, strict=True)))
+        config.check_grid(grid)
+    except (TypeError, ValueError):
+        return None
+    return config
 
 
 def get_at_index(original, tokens: Tensor, index: Tensor) -> Tensor:

@@ -46,13 +46,12 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
 
 
 def _patch_backbone(report: Report, model: nn.Module | None) -> None:
-    """timm's ViTs through their own patch, unless that has been there already."""
+    """timm's ViTs through their own patch."""
     if model is None:
         report.keep("ViTs of timm", "pass the model, or use jepa_fast.patches.timm")
         return
     timm = importlib.import_module(".timm", __package__)
-    is_patched = any(timm.kind(part) and "forward" in vars(part) for part in model.modules())
-    if timm.matches(model) and not is_patched:
+    if timm.matches(model):
         report.take(timm.apply(model))
 
 
@@ -68,13 +67,14 @@ def _say_what_differs(report: Report, strict_numerics: bool) -> None:
 
 
 def _sliced(original, self, x: Tensor, *, strict_numerics: bool) -> Tensor:
-    if x.dim() != 2 or why_not_now(x, self, self.ep):
+    if x.dim() != 2 or why_not_now(x, self, self.num_slices, self.ep):
         return original(self, x)
     return flat_sliced_epps_pulley(self, x, strict_numerics)
 
 
 def _alone(original, self, x: Tensor, *, strict_numerics: bool) -> Tensor:
-    if (strict_numerics and self._is_ddp) or x.dim() != 2 or why_not_now(x, self, self, "projection_sums"):
+    is_as_written = strict_numerics and self._is_ddp
+    if is_as_written or x.dim() != 2 or why_not_now(x, self, x.shape[1], self, op="projection_sums", fewest=2048):
         return original(self, x)
     return FlatEppsPulley.forward(self, x)
 

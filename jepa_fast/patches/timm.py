@@ -1,14 +1,16 @@
 """timm: blocks of its vision transformers as one autograd node, attention without copies of q, k and v, patch dropout.
 
-Written for timm 1.0.31. Covered is everything that timm builds of these classes: VisionTransformer (vit_*, deit, also with
-the weights of I-JEPA, MAE, DINO, DINOv2, CLIP, SigLIP), Eva (EVA, DINOv3, Perception Encoder, vit_*_rope_*), and NaFlexViT,
-PiT, MobileViT, CrossViT, ViTamin and hybrids, which borrow Block. What a block has beyond the plain one is computed by
-timm: `block_parts` and `why_other_attention` say what that is.
+For timm 1.0.15 to 1.0.31. Covered is everything that timm builds of these classes: VisionTransformer (vit_*, deit, also
+with the weights of I-JEPA, MAE, DINO, DINOv2, CLIP, SigLIP), Eva (EVA, DINOv3, Perception Encoder, vit_*_rope_*), and
+NaFlexViT, PiT, MobileViT, CrossViT, ViTamin and hybrids, which borrow Block. What a block has beyond the plain one is
+computed by timm: `block_parts` and `why_other_attention` say what that is.
 """
 
 import functools
-import weakref
+import importlib.util
+from collections.abc import Callable
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +18,41 @@ from torch import Tensor, nn
 
 from ..ops import gather_tokens, varlen_attention_qkv
 from ._block import FLOATS, BlockParts, cu_seqlens, gains, has_inner_hooks, is_transformed, run_block, why_never, why_not_now
-from ._report import Report, check_signature
+from ._report import PatchError, Report, check_signature
+from ._timm_rope import RopeTable, is_constant, side_by_side
 
-# class -> its module, and what its forward must take
+
+class _Class(NamedTuple):
+    homes: tuple[str, ...]    # where some timm defines it
+    forward: Callable         # what its forward takes
+    least: int                # and how much of that in the oldest
+
+
+_LAYERS, _VIT, _EVA = "timm.layers", "timm.models.vision_transformer", "timm.models.eva"
 _REPLACED = {
-    "Block": ("timm.models.vision_transformer", lambda self, x, attn_mask=None, is_causal=False: 0),
-    "EvaBlock": ("timm.models.eva", lambda self, x, rope=None, attn_mask=None, is_causal=False: 0),
-    "Attention": ("timm.layers.attention", lambda self, x, attn_mask=None, is_causal=False: 0),
-    "AttentionRope": ("timm.layers.attention", lambda self, x, rope=None, attn_mask=None, is_causal=False: 0),
-    "EvaAttention": ("timm.models.eva", lambda self, x, rope=None, attn_mask=None, is_causal=False: 0),
-    "PatchDropout": ("timm.layers.patch_dropout", lambda self, x: 0),
-    "PatchDropoutWithIndices": ("timm.layers.patch_dropout", lambda self, x: 0),
+    "Block": _Class((_VIT,), lambda self, x, attn_mask=None, is_causal=False: 0, 2),
+    "EvaBlock": _Class((_EVA,), lambda self, x, rope=None, attn_mask=None, is_causal=False: 0, 4),
+    "Attention": _Class((f"{_LAYERS}.attention", _VIT), lambda self, x, attn_mask=None, is_causal=False: 0, 2),
+    "AttentionRope": _Class((f"{_LAYERS}.attention",),
+                            lambda self, x, rope=None, attn_mask=None, is_causal=False: 0, 4),
+    "EvaAttention": _Class((_EVA,), lambda self, x, rope=None, attn_mask=None, is_causal=False: 0, 4),
+    "PatchDropout": _Class((f"{_LAYERS}.patch_dropout",), lambda self, x: 0, 2),
+    "PatchDropoutWithIndices": _Class((f"{_LAYERS}.patch_dropout",), lambda self, x: 0, 2),
 }
 _RELIED_ON = {
-    "Mlp": ("timm.layers.mlp", lambda self, x: 0),
-    "LayerScale": ("timm.layers.layer_scale", lambda self, x: 0),
-    "DropPath": ("timm.layers.drop", lambda self, x: 0),
-    "LayerNorm": ("timm.layers.norm", lambda self, x: 0),
+    "Mlp": _Class((f"{_LAYERS}.mlp",), lambda self, x: 0, 2),
+    "LayerScale": _Class((f"{_LAYERS}.layer_scale", _VIT), lambda self, x: 0, 2),
+    "DropPath": _Class((f"{_LAYERS}.drop",), lambda self, x: 0, 2),
+    "LayerNorm": _Class((f"{_LAYERS}.norm",), lambda self, x: 0, 2),
 }
+_KNOWN, _NEWER = _REPLACED | _RELIED_ON, ("AttentionRope", "PatchDropoutWithIndices")
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 
 
 def kind(part: nn.Module) -> str | None:
     """The name of a part's class, where it is exactly one that this patch knows."""
     name = type(part).__name__
-    module, _ = (_REPLACED | _RELIED_ON).get(name, (None, None))
-    return name if module == type(part).__module__ else None
+    return name if name in _KNOWN and type(part).__module__ in _KNOWN[name].homes else None
 
 
 def matches(model: nn.Module) -> bool:
@@ -52,13 +63,10 @@ def matches(model: nn.Module) -> bool:
 def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> Report:
     """Replace the forward of Block, EvaBlock, Attention, AttentionRope, EvaAttention and PatchDropout.
 
-    Of the classes where model is None, else of the instances in a model; of subclasses only where model is None and they
-    inherit it. strict_numerics changes nothing: nothing is put right here.
+    Of the classes where model is None, else of the instances in a model; of subclasses that inherit it, too.
+    strict_numerics changes nothing: nothing is put right here.
     """
-    types = {}
-    for name, (module, expected) in (_REPLACED | _RELIED_ON).items():
-        types[name] = getattr(import_module(module), name)
-        check_signature(types[name].forward, expected, f"timm's {name}.forward")
+    classes = {name: _find(name) for name in _KNOWN}
     tables = RopeTable()
     fast = {"Block": fast_block, "EvaBlock": functools.partial(fast_eva_block, tables),
             "Attention": fast_attention, "AttentionRope": functools.partial(fast_rope_attention, tables),
@@ -66,13 +74,25 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
             "PatchDropout": fast_patch_dropout, "PatchDropoutWithIndices": fast_patch_dropout_with_indices}
     with Report.of("timm") as report:
         for name, function in fast.items():
-            report.replace_method(types[name], "forward", function, model)
+            for cls in classes[name]:
+                report.replace_method(cls, "forward", function, model)
         if model is not None:
             _say_what_is_kept(report, model)
         report.note("timm's code runs under torch.compile, torch.export, torch.fx and torch.jit, where parts have hooks, "
                     "drop or get a mask, and on CPUs for few tokens, where it is faster; GPUs: not measured")
         report.note("a fused block has no second derivative: undo() before create_graph=True")
     return report
+
+
+def _find(name: str) -> list[type]:
+    """The classes of that name in the timm that is there, checked."""
+    modules = [import_module(home) for home in _KNOWN[name].homes if importlib.util.find_spec(home) is not None]
+    found = [getattr(module, name) for module in modules if hasattr(module, name)]
+    if not found and name not in _NEWER:
+        raise PatchError(f"{' or '.join(_KNOWN[name].homes)} must define {name} for this patch: another version of timm")
+    for cls in found:
+        check_signature(cls.forward, _KNOWN[name].forward, f"timm's {name}.forward", _KNOWN[name].least)
+    return list(dict.fromkeys(found))
 
 
 def _say_what_is_kept(report: Report, model: nn.Module) -> None:
@@ -89,36 +109,37 @@ def _say_what_is_kept(report: Report, model: nn.Module) -> None:
             report.keep(name, "not one of the classes that this patch knows")
 
 
-def fast_block(original, self, x, attn_mask=None, is_causal=False):
-    if _is_plain(x, attn_mask, is_causal):
+def fast_block(original, self, x, *args, **kwargs):
+    if _is_plain(x, args, kwargs):
         parts = block_parts(self)
         if not isinstance(parts, str) and why_not_now(self, parts, x) is None:
             return run_block(x, parts)
-    return original(self, x, attn_mask=attn_mask, is_causal=is_causal)
+    return original(self, x, *args, **kwargs)
 
 
-def fast_eva_block(tables, original, self, x, rope=None, attn_mask=None, is_causal=False):
-    if _is_plain(x, attn_mask, is_causal) and is_constant(rope, x):
+def fast_eva_block(tables, original, self, x, rope=None, *args, **kwargs):
+    if _is_plain(x, args, kwargs) and is_constant(rope, x):
         parts = block_parts(self, rope is not None)
         if not isinstance(parts, str) and why_not_now(self, parts, x) is None:
             return run_block(x, parts, tables.of(rope, self.attn, x))
-    return original(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    return original(self, x, rope, *args, **kwargs)
 
 
-def fast_attention(original, self, x, attn_mask=None, is_causal=False):
-    if _is_plain(x, attn_mask, is_causal) and why_not_attend(self, x) is None:
+def fast_attention(original, self, x, *args, **kwargs):
+    if _is_plain(x, args, kwargs) and why_not_attend(self, x) is None:
         return attend(self, x)
-    return original(self, x, attn_mask=attn_mask, is_causal=is_causal)
+    return original(self, x, *args, **kwargs)
 
 
-def fast_rope_attention(tables, original, self, x, rope=None, attn_mask=None, is_causal=False):
-    if _is_plain(x, attn_mask, is_causal) and is_constant(rope, x) and why_not_attend(self, x) is None:
+def fast_rope_attention(tables, original, self, x, rope=None, *args, **kwargs):
+    if _is_plain(x, args, kwargs) and is_constant(rope, x) and why_not_attend(self, x) is None:
         return attend(self, x, tables.of(rope, self, x))
-    return original(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    return original(self, x, rope, *args, **kwargs)
 
 
-def _is_plain(x, attn_mask, is_causal) -> bool:
-    return attn_mask is None and not is_causal and not is_transformed(x) and gains(x)
+def _is_plain(x, args, kwargs) -> bool:
+    """Whether attn_mask and is_causal, as far as this timm knows them, ask for nothing."""
+    return not is_transformed(x) and all(value is None or value is False for value in (*args, *kwargs.values())) and gains(x)
 
 
 def block_parts(block: nn.Module, rotates: bool = False) -> BlockParts | str:
@@ -146,22 +167,23 @@ def why_other_attention(attn: nn.Module) -> str | None:
     if kind(attn) not in _ATTENTIONS:
         return f"its attention is a {type(attn).__name__}"
     for what in ("q_norm", "k_norm", "norm"):
-        if not isinstance(getattr(attn, what), nn.Identity):
+        if not isinstance(getattr(attn, what, None), nn.Identity | None):
             return f"its attention has a {what}"
-    if attn.gate is not None:
+    if getattr(attn, "gate", None) is not None:
         return "its attention has a gate"
     if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
         return f"its attention has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries"
-    if attn.scale != attn.head_dim ** -0.5 or attn.head_dim > 256:
-        return f"its heads are {attn.head_dim} wide and scaled by {attn.scale:g}"
+    head_dim = attn.proj.in_features / attn.num_heads
+    if attn.scale != head_dim ** -0.5 or head_dim > 256:
+        return f"its heads are {head_dim:g} wide and scaled by {attn.scale:g}"
     return None
 
 
 def why_not_attend(attn: nn.Module, x: Tensor) -> str | None:
     """Why this call of an attention must run timm's code."""
-    if x.dim() != 3 or x.dtype not in FLOATS:
-        return f"x is {list(x.shape)} {x.dtype}"
-    if any(type(layer) is not nn.Linear for layer in projections(attn)):
+    if x.dim() != 3 or x.dtype not in FLOATS or x.device.type not in ("cpu", "cuda"):
+        return f"x is {list(x.shape)} {x.dtype} on {x.device}"
+    if any(type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter for layer in projections(attn)):
         return "its projections are no plain Linears"
     if not torch.is_autocast_enabled(x.device.type) and projections(attn)[0].weight.dtype != x.dtype:
         return f"x is {x.dtype}, its weights {projections(attn)[0].weight.dtype}"
@@ -207,56 +229,6 @@ def _make_qkv(attn: nn.Module, rotates: bool):
     return make
 
 
-def side_by_side(rows: Tensor, num_heads: int) -> Tensor:
-    """rows [3 H d, ...] of q, k, v: the columns i and i + d / 2 of q and k, which rotate together, next to each other.
-
-    Products of q and k do not change when the columns of both change places.
-    """
-    heads = rows.view(3, num_heads, 2, -1, *rows.shape[1:])
-    return torch.cat([heads[:2].transpose(2, 3).flatten(2, 3), heads[2:].flatten(2, 3)]).view(rows.shape)
-
-
-def is_constant(rope: Tensor | None, x: Tensor) -> bool:
-    """Whether a rope is sines and cosines that are not learned, one per token for all heads: [N, 2 d] or [B, 1, N, 2 d]."""
-    if rope is None:
-        return True
-    return not rope.requires_grad and (rope.dim() == 2 or rope.dim() == 4 and rope.shape[:2] == (x.shape[0], 1))
-
-
-class RopeTable:
-    """The rotary table [B * N, 2, d] of timm's last rope: the layers of one forward pass ask for the same."""
-
-    def __init__(self):
-        self._last = None, None, None
-
-    def of(self, rope: Tensor | None, attn: nn.Module, x: Tensor) -> Tensor | None:
-        """rope [N, 2 d] or [B, 1, N, 2 d], sines then cosines, of the tokens after the prefix."""
-        if rope is None:
-            return None
-        dtype = torch.promote_types(torch.float32, x.dtype)
-        version = 0 if rope.is_inference() else rope._version
-        key = version, x.shape[0], attn.num_prefix_tokens, attn.rotate_half, dtype
-        known, of, table = self._last
-        if key != known or of() is not rope:
-            with torch.inference_mode(False), torch.no_grad():  # kept from call to call: of training, too
-                table = make_table(rope.clone().to(dtype), x.shape[0], attn.num_prefix_tokens, attn.rotate_half)
-            self._last = key, weakref.ref(rope), table
-        return table
-
-
-def make_table(rope: Tensor, num_samples: int, num_prefix_tokens: int, halves: bool) -> Tensor:
-    """[B * N, 2, d], what `ops.varlen_attention` turns q and k with; prefix tokens stay as they are."""
-    sin, cos = rope.flatten(0, -2).chunk(2, -1)
-    if halves:
-        sin, cos = (t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1) for t in (sin, cos))
-    sign = torch.arange(sin.shape[1], device=sin.device) % 2 * 2 - 1   # -1, 1, ...
-    table = torch.stack([cos, sin * sign], 1)
-    if rope.dim() == 2:
-        table = table.repeat(num_samples, 1, 1)
-    prefix = table.new_tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(num_samples, num_prefix_tokens, 2, sin.shape[1])
-    return torch.cat([prefix, table.view(num_samples, -1, 2, sin.shape[1])], 1).flatten(0, 1)
-
-
 def fast_patch_dropout(original, self, x):
     return original(self, x) if _drops_otherwise(self, x) else drop_patches(self, x)[0]
 
@@ -266,7 +238,8 @@ def fast_patch_dropout_with_indices(original, self, x):
 
 
 def _drops_otherwise(self: nn.Module, x: Tensor) -> bool:
-    return not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in FLOATS or not gains(x)
+    return (not self.training or self.prob == 0 or is_transformed(x) or x.dim() != 3 or x.dtype not in FLOATS
+            or getattr(self, "return_indices", False) or not gains(x))
 
 
 def drop_patches(dropout: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
