@@ -64,8 +64,8 @@ def loss_of(code, encoder, predictor, target, x, masks_x=MASKS_X):
     return F.smooth_l1_loss(predictor(encoder(x, masks_x), masks_x, MASKS), h)
 
 
-@pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16", "float16", "autocast"])
-@pytest.mark.parametrize("num_contexts", [1, 2])
+@pytest.mark.parametrize("kind, num_contexts", [("float64", 1), ("float32", 2), ("bfloat16", 1), ("float16", 1),
+                                                ("autocast", 2)])
 def test_numbers_of_a_step(kind, num_contexts, code):
     models, x = make(code), images()
     masks_x = [mask.flip(0) if i else mask for i, mask in enumerate(MASKS_X * num_contexts)]
