@@ -50,33 +50,19 @@ class Quadrature:
 
     @classmethod
     def of_knots(cls, t: Sequence[float], phi: Sequence[float], weights: Sequence[float]) -> "Quadrature":
-        """From values at evenly spaced knots t, rounded to float32 or finer, as code bases keep them in buffers.
+        """From values at evenly spaced knots t >= 0, rounded to float32 or finer, as code bases keep them in buffers.
 
-        The grid may start at 0, where phi must be 1, be symmetric about it, where phi must be even, or be positive.
-        Raises ValueError for any other one.
+        At t = 0 phi must be 1. Raises ValueError for any other grid.
         """
-        t, phi, weights = list(t), list(phi), list(weights)
-        if not len(t) == len(phi) == len(weights) >= 2:
-            raise ValueError(f"t, phi and weights must have the same length of at least 2, got {len(t)}, {len(phi)} and "
-                             f"{len(weights)}")
-        step, near = (t[-1] - t[0]) / (len(t) - 1), 1e-6 * max(abs(t[0]), abs(t[-1]))
-        start = t[0]
-        if abs(t[0] + t[-1]) <= near:  # the left half onto the right one
-            half = len(t) // 2
-            is_even = all(abs(a - b) <= 1e-6 for a, b in zip(phi, reversed(phi), strict=True))
-            t, phi = t[half:], phi[half:]
-            folded = [a + b for a, b in zip(weights, reversed(weights), strict=True)][half:]
-            start, weights = (0.0, folded) if len(folded) > half else (step / 2, folded)
-        else:
-            is_even = True
-        is_grid = step > 0 and all(abs(start + j * step - knot) <= near for j, knot in enumerate(t))
-        if abs(start) <= near:  # t = 0
-            is_even = is_even and abs(phi[0] - 1) <= 1e-6
-            start, phi, weights = step, phi[1:], weights[1:]
-        if not (is_grid and is_even and start > 0):
-            raise ValueError(f"t must be evenly spaced and positive, from 0 on, or symmetric about 0, with an even phi that "
-                             f"is 1 at 0; got t = {[round(knot, 4) for knot in t]}, phi = {[round(f, 4) for f in phi]}")
-        return cls(start, step, tuple(phi), tuple(weights))
+        step = (t[-1] - t[0]) / max(len(t) - 1, 1)
+        is_even = all(abs(t[0] + j * step - knot) <= 1e-6 * t[-1] for j, knot in enumerate(t))
+        is_grid = is_even and step > 0 and len(t) == len(phi)
+        if is_grid and t[0] == 0 and abs(phi[0] - 1) <= 1e-6:
+            return cls(step, step, tuple(phi[1:]), tuple(weights[1:]))
+        if is_grid and t[0] > 0:
+            return cls(t[0], step, tuple(phi), tuple(weights))
+        raise ValueError(f"t must be evenly spaced, positive, or from 0 on where phi is 1; got t = {list(t)}, "
+                         f"phi = {list(phi)}")
 
     @property
     def num_knots(self) -> int:

@@ -35,13 +35,6 @@ def _case(name, lead, N, D, K, *, quadrature="official", spread=1.0, mean=0.0, m
     return Case(name, make, is_large)
 
 
-def _given(lead, N, K, *, quadrature="official", **options):
-    def make(g):
-        return {"projections": torch.randn(*lead, N, K, generator=g), "quadrature": QUADRATURES[quadrature]} | options
-
-    return Case(f"given-{'x'.join(map(str, (*lead, N, K)))}-{quadrature}", make)
-
-
 def _random(draw):
     # more than a handful of numbers in every result: of a single one, plain sometimes hits the last bit by luck
     lead, N, D, K = [(), (1,), (3,), (2, 2)][draw(0, 3)], draw(2, 90), draw(3, 40), draw(8, 70)
@@ -88,16 +81,6 @@ SPECS = [OpSpec(
                            _case("lejepa", (2,), 128, 512, 256), _case("mask", (2,), 128, 192, 256, mask=0.5),
                            _case("bcs", (2,), 128, 128, 256, quadrature="bcs")],
           torch.float32: [_case("lewm", (2,), 128, 192, 256), _case("mask", (2,), 128, 192, 256, mask=0.5)]},
-), OpSpec(
-    function=ops.epps_pulley,
-    ops=("projection_sums", "projection_sums_backward"),
-    gradients=("projections",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float64),
-    cases=[_given((0,), 5, 4), _given((2,), 0, 4), _given((2, 2), 33, 130, quadrature="wide-33"),
-           _given((2,), 48, 24, quadrature="bcs", scale="none"), _given((4,), 64, 256)],
-    random_case=lambda draw: _given((draw(1, 3),), draw(2, 90), draw(8, 150),
-                                    quadrature=sorted(QUADRATURES)[draw(0, len(QUADRATURES) - 1)]),
-    floor=4.0,
 )]
 
 
