@@ -3,6 +3,8 @@
 import copy
 import io
 import pathlib
+import sys
+import types
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from jepa_fast import drop_in, patches
 from jepa_fast.drop_in.collators import IJEPAMaskCollator
 from jepa_fast.patches import _meta, ijepa
 from jepa_fast.patches._meta import is_slower
-from jepa_fast.patches._report import PatchError
+from jepa_fast.patches._report import PatchError, modules_of_checkout
 
 MODULES = ("src.models.vision_transformer", "src.utils.tensors", "src.masks.utils", "src.masks.multiblock")
 B, GRID = 2, 4
@@ -215,3 +217,14 @@ def test_what_is_found_and_what_is_refused(code, monkeypatch):
     monkeypatch.setattr(code[0].Attention, "forward", lambda self, x, mask=None: x)
     with unchanged(code), pytest.raises(PatchError, match=r"vision_transformer.Attention.forward must take \(self, x\)"):
         ijepa.apply()
+
+
+def test_a_checkout_within_a_project(monkeypatch):
+    names = ["mine.ijepa.src.models.vision_transformer", "mine.ijepa.src.masks.utils", "mine.jepa.src.masks.utils"]
+    for name in names:
+        module = types.ModuleType(name)
+        module.__file__ = f"/project/{name.replace('.', '/')}.py"
+        monkeypatch.setitem(sys.modules, name, module)
+    found = modules_of_checkout(sys.modules[names[0]], "src.models.vision_transformer")
+    assert [module.__name__ for module in found] == names[:2]
+    assert [module.__name__ for module in modules_of_checkout(sys.modules[names[1]])] == names

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import sys
 import types
 
@@ -175,3 +176,27 @@ def test_models_without_parts_of_it():
         lewm.apply(nn.Linear(2, 2))
     report = patches.auto(world(plain_lewm.LeWM))
     assert report.patch == "auto (lewm)" and report.replaced == {"LeWM.rollout": 1}
+
+
+def test_an_encoder_of_hugging_face_is_patched_along_and_copies_work():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96,
+                                    patch_size=16, image_size=64)
+    model = world(plain_lewm.JEPA)
+    model.encoder, model.projector = transformers.ViTModel(config, add_pooling_layer=False).eval(), nn.Linear(48, DIM)
+    torch.manual_seed(4)
+    info = {"pixels": torch.randn(B, 1, 1, 3, 64, 64).expand(-1, S, -1, -1, -1, -1)}
+    actions = torch.randn(B, S, 4, 2)
+    with torch.no_grad():
+        theirs = model.rollout(dict(info), actions)["predicted_emb"]
+        report = lewm.apply(model)
+        assert report.replaced["JEPA.rollout"] == report.replaced["ViTLayer.forward"] == 1
+        saved = io.BytesIO()
+        torch.save(model, saved)
+        loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+        copied = copy.deepcopy(model)
+        assert copied.rollout.__self__ is copied
+        for other in (model, copied, loaded):
+            torch.testing.assert_close(other.rollout(dict(info), actions)["predicted_emb"], theirs)
+    report.undo()
+    assert "rollout" not in vars(model)

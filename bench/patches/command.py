@@ -14,7 +14,7 @@ import tyro
 
 from ..measure import provenance
 from . import hugging_face, official_images, official_videos, sigregs, timm_lightly, world_models
-from .task import Case, measure
+from .task import Case, Disagreement, measure
 
 FAMILIES = {"ijepa": official_images, "vjepa": official_videos, "hf": hugging_face, "timm": timm_lightly,
             "sigreg": sigregs, "lewm": world_models}
@@ -36,7 +36,7 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, prog="jepa-fast bench patches", args=argv)
     logging.disable(logging.WARNING)  # official code logs its models
-    rows, used, left_out = [], [], {}
+    rows, used, left_out, wrong = [], [], {}, {}
     for case in cases(arguments):
         label = f"{case.patch}: {case.name}, {case.what}"
         missing = why_missing(case, arguments.official)
@@ -47,7 +47,10 @@ def main(argv: list[str]) -> None:
         for precision in case.precisions:
             if arguments.precision in ("both", precision):
                 print(f"{label}, {precision}", file=sys.stderr, flush=True)
-                rows += measure(case, precision, arguments.official, arguments.repeats)
+                try:
+                    rows += measure(case, precision, arguments.official, arguments.repeats)
+                except Disagreement as error:  # the others are measured all the same
+                    wrong[f"{label}, {precision}"] = str(error)
     where = provenance() | versions(used, arguments.official)
     from ..command import table
 
@@ -55,8 +58,10 @@ def main(argv: list[str]) -> None:
     for label, missing in left_out.items():
         print(f"left out: {label} ({missing})")
     if arguments.out:
-        write(arguments.out, {"provenance": where, "rows": rows, "left_out": left_out}, arguments.add)
+        write(arguments.out, {"provenance": where, "rows": rows, "left_out": left_out | wrong}, arguments.add)
         print(f"rows: {arguments.out}")
+    if wrong:
+        raise SystemExit("\n".join(f"not timed: {label}: {why}" for label, why in wrong.items()))
 
 
 def cases(arguments: Arguments) -> list[Case]:

@@ -22,6 +22,10 @@ Call = Callable[[], list[Tensor]]
 Start = Callable[[nn.Module, Callable], Call]
 
 
+class Disagreement(AssertionError):
+    """A patched model computes something else."""
+
+
 class Task(NamedTuple):
     """start(model, autocast) makes what is timed, a function that returns what must agree; it computes within autocast()."""
 
@@ -76,7 +80,10 @@ def measure(case: Case, precision: str, official: pathlib.Path | None, repeats: 
         for name, call in calls.items():
             torch.manual_seed(0)
             results[name] = [x.detach().clone() for x in call()]
-        agree(results, TOLERANCE[precision])
+        try:
+            agree(results, TOLERANCE[precision])
+        except AssertionError as error:
+            raise Disagreement(*error.args) from None
         timings = interleaved(calls, repeats=repeats, warmup=0)  # all have run once
         peaks = {name: peak_memory_bytes(call) for name, call in calls.items()}
     rows = []

@@ -15,7 +15,7 @@ class CodeBase(NamedTuple):
     """What tells a code base: the names that one of its modules defines, and names that it does not have."""
 
     name: str                       # as in facebookresearch/<name>
-    module: str                     # where they are, in words, for messages
+    module: str                     # the one that defines them, as the checkout calls it
     defines: tuple[str, ...]
     lacks: tuple[str, ...] = ()
 
@@ -35,12 +35,12 @@ class CodeBase(NamedTuple):
             where = "loaded" if modules is None else "in that checkout"
             raise PatchError(f"{self.name}: no module {where} defines {', '.join(self.defines)} as {self.module} does; "
                              f"import it first, or pass a module of the checkout as modules=")
-        return [Checkout(core, _unique([core, *modules_of_checkout(core)])) for core in cores]
+        return [Checkout(core, _unique([core, *modules_of_checkout(core, self.module)])) for core in cores]
 
     def find_behind(self, model: nn.Module) -> list["Checkout"]:
         """Its checkouts that a model has parts of, with only those modules that define classes of the model's parts."""
         behind = namespaces(model)
-        return [Checkout(core, [module for module in modules_of_checkout(core) if module in behind])
+        return [Checkout(core, [module for module in modules_of_checkout(core, self.module) if module in behind])
                 for core in self.core_modules(behind)]
 
 
