@@ -82,7 +82,7 @@ def _apply(checkout: Checkout, model: nn.Module | None, report: Report) -> None:
             return run_block(x, block_parts(self))
         if return_attention or is_transformed():
             return original(self, x, return_attention)
-        with _weights.unread():
+        with _unread:
             return original(self, x)
 
     report.replace_method(Block, "forward", block, model)
@@ -96,34 +96,32 @@ def _apply(checkout: Checkout, model: nn.Module | None, report: Report) -> None:
 
 
 def _why_not(block: nn.Module, x: Tensor, attention: type, mlp: type) -> str | None:
-    why = why_not_block(block, x, attention, mlp)
-    head_dim = block.norm1.normalized_shape[-1] // block.attn.num_heads if why is None else 1
-    return f"its scale is {block.attn.scale}" if why is None and block.attn.scale != head_dim**-0.5 else why
+    why, attn = why_not_block(block, x, attention, mlp), block.attn
+    if why is None and attn.scale != (attn.proj.in_features // attn.num_heads) ** -0.5:
+        why = f"its scale is {attn.scale}"
+    return why
 
 
-class _Weights(threading.local):
-    """Whether a block is running that drops the attention weights it gets."""
+class _Unread(threading.local):
+    """While a block runs that drops the attention weights which it gets."""
 
-    are_unread = False
-
-    def unread(self) -> "_Weights":
-        return self
+    is_on = False
 
     def __enter__(self) -> None:
-        self.are_unread = True
+        self.is_on = True
 
     def __exit__(self, *exception) -> None:
-        self.are_unread = False
+        self.is_on = False
 
 
-_weights = _Weights()
+_unread = _Unread()
 
 
 def _attention(original, self, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x [B, N, D] -> [B, N, D] and None for the weights, where a block asks, that reads only the first."""
     drops = self.attn_drop.p > 0 and self.attn_drop.training
     is_slow = x.device.type == "cpu" and product_dtype(x).itemsize < 4  # its backward pass
-    if is_transformed() or not _weights.are_unread or drops or is_slow or self._forward_hooks or has_inner_hooks(self):
+    if is_transformed() or not _unread.is_on or drops or is_slow or self._forward_hooks or has_inner_hooks(self):
         return original(self, x)
     B, N, D = x.shape
     q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
