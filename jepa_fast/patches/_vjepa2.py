@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..drop_in.attention import angle_dtype, attend, attention_dropout
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
 from ..nn.block_function import Activations
-from ._block import BlockParts, is_transformed, why_not_now
+from ._block import BlockParts, gains, is_transformed, why_not_now
 from ._meta import Checkout
 from ._report import Report, check_signature
 
@@ -100,7 +100,7 @@ def plain_attention(family: Family):
     def forward(original, self, x, mask=None, attn_mask=None):
         if is_transformed(x) or x.dim() != 3:
             return original(self, x, mask, attn_mask)
-        return attend(self, x, None, attn_mask, strict=family.strict)
+        return attend(self, x, None, attn_mask, strict=family.strict, packs=gains(x))
     return forward
 
 

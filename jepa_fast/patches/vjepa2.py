@@ -148,7 +148,8 @@ def _action_attention(family: Family):
 def _block(family: Family):
     def forward(original, self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
         where = mask, attn_mask, T, H_patches, W_patches
-        if why_not_fused(family, self, x, attn_mask) is not None or not is_rotary(self.attn) and not gains(x):
+        # rotary positions are dear enough in the original that any size gains
+        if not is_rotary(self.attn) and not gains(x) or why_not_fused(family, self, x, attn_mask) is not None:
             return original(self, x, *where)
         table = None
         if is_rotary(self.attn):
