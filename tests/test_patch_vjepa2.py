@@ -137,6 +137,19 @@ def test_training(code, settings):
         assert losses() == pytest.approx(expected, abs=1e-9)
 
 
+def test_strict_angles(code):
+    """Angles in the dtype of q and k, where that is asked for."""
+    torch.manual_seed(0)
+    layer = code[4].RoPEAttention(48, 2, grid_size=4)
+    x, mask = torch.randn(B, 8, 48), torch.randint(0, 500, (B, 8))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = layer(x, mask=mask)
+        with vjepa2.apply(layer, strict_numerics=True):
+            assert torch.equal(layer(x, mask=mask), expected)
+        with vjepa2.apply(layer):
+            assert not torch.equal(layer(x, mask=mask), expected)
+
+
 def test_undo_and_report(code):
     with unchanged(code), vjepa2.apply(modules=code[0], strict_numerics=True) as report:
         assert report.replaced == {

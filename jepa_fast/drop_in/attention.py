@@ -65,17 +65,19 @@ class ACRoPEAttention(RoPEAttention):
 
 
 def attend(layer: nn.Module, x: Tensor, rotary: Tensor | None, attn_mask: Tensor | None = None, frame_size: int = 0,
-           strict: bool = False) -> Tensor:
+           strict: bool = False, packs: bool = True) -> Tensor:
     """Self-attention of a layer with V-JEPA 2's attributes: x [B, N, D] -> [B, N, D]; rotary [B * N, 2, R].
 
-    frame_size > 0 says that attn_mask is frame-causal. Other masks, causal layers and dropout go through PyTorch's own.
+    frame_size > 0 says that attn_mask is frame-causal. Other masks, causal layers and dropout go through PyTorch's own, and
+    everything where not `packs`.
     """
     B, N, _ = x.shape
     is_sdpa = attn_mask is not None or layer.use_sdpa
     scale = None if is_sdpa else layer.scale
     qkv = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1))
     dropout = attention_dropout(layer, is_sdpa, strict)
-    if (attn_mask is None or frame_size) and not dropout and not (is_sdpa and layer.is_causal) and qkv.shape[-1] <= 256:
+    is_causal = is_sdpa and layer.is_causal
+    if packs and (attn_mask is None or frame_size) and not dropout and not is_causal and qkv.shape[-1] <= 256:
         cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=x.device) * N
         out = varlen_attention_qkv(qkv.flatten(0, 1), cu_seqlens, N, scale, rotary=rotary, frame_size=frame_size)
         out = out.view(B, N, -1)
@@ -83,7 +85,7 @@ def attend(layer: nn.Module, x: Tensor, rotary: Tensor | None, attn_mask: Tensor
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if rotary is not None:
             q, k = (turned(t, rotary) for t in (q, k))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_sdpa and layer.is_causal, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
         out = out.transpose(1, 2).flatten(2)
     return layer.proj_drop(layer.proj(out))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..drop_in.attention import angle_dtype, attend, attention_dropout
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
 from ..nn.block_function import Activations
-from ._block import BlockParts, is_transformed, why_not_now
+from ._block import BlockParts, gains, is_transformed, why_not_now
 from ._meta import Checkout
 from ._report import Report, check_signature
 
@@ -70,8 +70,8 @@ def why_not_fused(family: Family, block: nn.Module, x: Tensor, attn_mask: Tensor
         return "its attention is causal or drops"
     if not is_sdpa and attn.scale != (attn.qkv.in_features // attn.num_heads) ** -0.5:
         return f"its attention has a scale of its own, {attn.scale}"
-    if is_rotary(attn) and family.strict and angle_dtype(x, strict=True) == torch.float16:
-        return "angles in float16 are the original's"
+    if is_rotary(attn) and has_own_angles(x, family.strict):
+        return "its angles are rounded as only its own code does"
     return why_not_now(block, block_parts(block), x)
 
 
@@ -85,7 +85,14 @@ def is_rotary(attn: nn.Module) -> bool:
 
 def own_code_only(layer: nn.Module, x: Tensor, strict: bool) -> bool:
     """Whether even the attention of a layer must be the original's."""
-    return is_transformed(x) or x.dim() != 3 or strict and angle_dtype(x, strict) == torch.float16
+    return is_transformed(x) or x.dim() != 3 or has_own_angles(x, strict)
+
+
+def has_own_angles(x: Tensor, strict: bool) -> bool:
+    """Whether no table of ours rounds angles as the original: float16 anywhere, and bfloat16 on CPUs, where autocast leaves
+    the products of positions and frequencies alone."""
+    dtype = angle_dtype(x, strict)
+    return strict and (dtype == torch.float16 or dtype == torch.bfloat16 and x.device.type == "cpu")
 
 
 def plain_attention(family: Family):
@@ -93,7 +100,7 @@ def plain_attention(family: Family):
     def forward(original, self, x, mask=None, attn_mask=None):
         if is_transformed(x) or x.dim() != 3:
             return original(self, x, mask, attn_mask)
-        return attend(self, x, None, attn_mask, strict=family.strict)
+        return attend(self, x, None, attn_mask, strict=family.strict, packs=gains(x))
     return forward
 
 

@@ -62,10 +62,10 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
     and apply_masks, repeat_interleave_batch and the mask collator wherever they were imported to.
 
     Rotary angles are float32, or wider where the model is; attention drops in training only. strict_numerics: angles in
-    the dtype of q and k, and attention dropout in eval too, as in the original. The frequencies stay tiled: they are part
-    of the trained weights. activations: what the packed blocks keep for the backward pass (`nn.block_function`); None: as
-    the model is configured, with its activation checkpointing. PatchError where the code is not loaded or has other
-    signatures.
+    the dtype of q and k (in float16, and in bfloat16 on CPUs, by the original's own attention), and attention dropout in
+    eval too, as in the original. The frequencies stay tiled: they are part of the trained weights. activations: what the
+    packed blocks keep for the backward pass (`nn.block_function`); None: as the model is configured, with its activation
+    checkpointing. PatchError where the code is not loaded or has other signatures.
     """
     with Report.of("vjepa2") as report:
         found = CODE.find(modules) if model is None or modules is not None else CODE.find_behind(model)
@@ -148,7 +148,8 @@ def _action_attention(family: Family):
 def _block(family: Family):
     def forward(original, self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
         where = mask, attn_mask, T, H_patches, W_patches
-        if why_not_fused(family, self, x, attn_mask) is not None or not is_rotary(self.attn) and not gains(x):
+        # rotary positions are dear enough in the original that any size gains
+        if not is_rotary(self.attn) and not gains(x) or why_not_fused(family, self, x, attn_mask) is not None:
             return original(self, x, *where)
         table = None
         if is_rotary(self.attn):

@@ -72,9 +72,10 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
     imported to. V-JEPA 2's own tree in the same checkout is the patch vjepa2's.
 
     Rotary angles are float32, or wider where the model is, and q and k keep their dtype; attention drops in training only.
-    strict_numerics: angles in the dtype of q and k, and attention dropout in eval too, as in the original. activations:
-    what the packed blocks keep for the backward pass (`nn.block_function`); None: as the model is configured, with its
-    activation checkpointing. PatchError where the code is not loaded or has other signatures.
+    strict_numerics: angles in the dtype of q and k (in float16, and in bfloat16 on CPUs, by the original's own attention),
+    and attention dropout in eval too, as in the original. activations: what the packed blocks keep for the backward pass
+    (`nn.block_function`); None: as the model is configured, with its activation checkpointing. PatchError where the code
+    is not loaded or has other signatures.
     """
     with Report.of("vjepa2_1") as report:
         found = CODE.find(modules) if model is None or modules is not None else CODE.find_behind(model)
