@@ -205,6 +205,9 @@ def test_in_processes_of_a_loader():
 def test_bad_settings():
     with pytest.raises(ValueError, match='compat must be "official" or "unbiased", got \'fast\''):
         IJEPAMaskCollator(compat="fast")
+    if multiblock._masking is not None:
+        with pytest.raises(ValueError, match="words must be the 624 of an mt19937, used at most 624"):
+            multiblock._masking.PositionStream.continue_from([0] * 623, 0)
     with pytest.raises(ValueError, match="grid 2x2 is too small"):
         IJEPAMaskCollator(32, 16)
     with pytest.raises(ValueError, match="of every mask, got one without temporal_scale, aspect_ratio"):

@@ -16,7 +16,7 @@ from torchvision.models.vision_transformer import EncoderBlock  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
-    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS"):
+    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF"):
         monkeypatch.setattr(_block, name, 0)
     monkeypatch.setattr(lightly_patch, "MIN_PROJECTIONS", 0)
 

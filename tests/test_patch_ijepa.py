@@ -3,6 +3,8 @@
 import copy
 import io
 import pathlib
+import sys
+import types
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch import nn
 
 from jepa_fast import drop_in, patches
 from jepa_fast.drop_in.collators import IJEPAMaskCollator
-from jepa_fast.patches import ijepa
-from jepa_fast.patches._report import PatchError
+from jepa_fast.patches import _meta, ijepa
+from jepa_fast.patches._meta import is_slower
+from jepa_fast.patches._report import PatchError, modules_of_checkout
 
 MODULES = ("src.models.vision_transformer", "src.utils.tensors", "src.masks.utils", "src.masks.multiblock")
 B, GRID = 2, 4
@@ -22,6 +25,12 @@ MASKS_X = [torch.tensor([[0, 1, 2, 5, 9], [15, 3, 4, 7, 8]])]
 MASKS = [torch.tensor([[10, 11, 14], [0, 1, 5]]), torch.tensor([[12, 13, 13], [6, 10, 11]])]  # one index twice
 REPORT = {"Block.forward": 1, "Attention.forward": 1, "VisionTransformerPredictor.forward": 1, "apply_masks": 3,
           "repeat_interleave_batch": 2, "MaskCollator": 1}
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """Fused in every size and dtype, as on a GPU."""
+    monkeypatch.setattr(_meta, "is_slower", lambda x: False)
 
 
 @pytest.fixture
@@ -138,9 +147,9 @@ def test_blocks_with_odd_parts_run_their_own_code(code, monkeypatch):
         def forward(self, x):
             return super().forward(x) + x.repeat(1, 1, 3)
 
-    x, fused = torch.randn(B, 5, 32), []
+    x, runs = torch.randn(B, 5, 32), []
     run_block = ijepa.run_block
-    monkeypatch.setattr(ijepa, "run_block", lambda *call: fused.append(1) or run_block(*call))
+    monkeypatch.setattr(ijepa, "run_block", lambda *call: runs.append(1) or run_block(*call))
 
     def change(block, what):
         if what == "qkv":
@@ -160,8 +169,16 @@ def test_blocks_with_odd_parts_run_their_own_code(code, monkeypatch):
         with ijepa.apply():
             torch.manual_seed(1)
             torch.testing.assert_close(block(x), before)
-        assert bool(fused) == is_fused, what
-        fused.clear()
+        assert bool(runs) == is_fused, what
+        runs.clear()
+
+
+def test_on_a_cpu_only_what_is_faster():
+    large, small = torch.empty(8, 200, 384), torch.empty(8, 10, 384)
+    assert not is_slower(large) and is_slower(small) and is_slower(large.bfloat16()) and is_slower(large.double())
+    assert not is_slower(small.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_slower(large)
 
 
 def test_stochastic_depth_is_drawn_alike(code):
@@ -200,3 +217,14 @@ def test_what_is_found_and_what_is_refused(code, monkeypatch):
     monkeypatch.setattr(code[0].Attention, "forward", lambda self, x, mask=None: x)
     with unchanged(code), pytest.raises(PatchError, match=r"vision_transformer.Attention.forward must take \(self, x\)"):
         ijepa.apply()
+
+
+def test_a_checkout_within_a_project(monkeypatch):
+    names = ["mine.ijepa.src.models.vision_transformer", "mine.ijepa.src.masks.utils", "mine.jepa.src.masks.utils"]
+    for name in names:
+        module = types.ModuleType(name)
+        module.__file__ = f"/project/{name.replace('.', '/')}.py"
+        monkeypatch.setitem(sys.modules, name, module)
+    found = modules_of_checkout(sys.modules[names[0]], "src.models.vision_transformer")
+    assert [module.__name__ for module in found] == names[:2]
+    assert [module.__name__ for module in modules_of_checkout(sys.modules[names[1]])] == names

@@ -14,7 +14,7 @@ from torch import nn
 
 from jepa_fast import drop_in
 from jepa_fast.drop_in.collators import VJEPAMaskCollator
-from jepa_fast.patches import jepa
+from jepa_fast.patches import _meta, jepa
 from jepa_fast.patches._report import PatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.backends.cuda.sdp_kernel in the original
@@ -23,6 +23,12 @@ MODULES = ("src.models.vision_transformer", "src.models.predictor", "src.models.
 VIDEO = {"img_size": 32, "num_frames": 8, "tubelet_size": 2, "patch_size": 16, "uniform_power": True}
 MASKS_X = [torch.tensor([[0, 1, 2, 5, 9], [15, 3, 4, 7, 8]]), torch.tensor([[3, 4], [0, 11]])]
 MASKS = [torch.tensor([[10, 11, 14], [0, 1, 5]]), torch.tensor([[12, 13, 13, 0], [6, 10, 11, 15]])]  # one index twice
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """Fused in every size and dtype, as on a GPU."""
+    monkeypatch.setattr(_meta, "is_slower", lambda x: False)
 
 
 @pytest.fixture

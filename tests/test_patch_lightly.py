@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     """Tiny inputs take the fast path too."""
-    for module, names in ((_block, ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS")),
+    for module, names in ((_block, ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF")),
                           (patch, ("MIN_MOVED", "MIN_AVERAGED", "MIN_PROJECTIONS"))):
         for name in names:
             monkeypatch.setattr(module, name, 0)

@@ -192,11 +192,14 @@ def test_copies_and_pickles(name, importable, tmp_path):
     inputs, module = inputs_of(name), module_of(name)
     expected = with_gradients(module_of(name), *inputs)
     with getattr(patches, name).apply(module):
+        torch.save(module, tmp_path / "model.pt")
         twin = copy.deepcopy(module)
         assert error(with_gradients(twin, *inputs)[1], expected[1]) < 2e-6
     with getattr(patches, name).apply():
-        torch.save(module_of(name), tmp_path / "module.pt")
-    assert all(map(torch.equal, with_gradients(torch.load(tmp_path / "module.pt", weights_only=False), *inputs), expected))
+        torch.save(module_of(name), tmp_path / "class.pt")
+    for file in ("model.pt", "class.pt"):  # loaded without the patch
+        loaded = torch.load(tmp_path / file, weights_only=False)
+        assert all(map(torch.equal, with_gradients(loaded, *inputs), expected))
 
 
 # ---- the teacher of stable-pretraining
@@ -266,6 +269,17 @@ def test_what_reports_say():
         assert report.patch == "auto (eb_jepa, lejepa, stable_pretraining)"
         assert report.replaced == {"BCS.forward": 1, "SlicingUnivariateTest.forward": 1, "EppsPulley.forward": 2,
                                    "SlicedEppsPulley.forward": 1}
+
+
+def test_a_backbone_of_timm_is_patched_along():
+    vit = pytest.importorskip("timm.models.vision_transformer")
+    model = nn.ModuleDict({"backbone": vit.VisionTransformer(16, 8, num_classes=0, embed_dim=24, depth=2, num_heads=2),
+                           "sigreg": spt.SlicedEppsPulley(K)})
+    with patches.stable_pretraining.apply(model) as report:
+        assert report.replaced["Block.forward"] == 2
+    with patches.auto(model) as report:
+        assert report.replaced["Block.forward"] == 2 and "Block.forward" not in report.kept
+    assert "forward" not in vars(model["backbone"].blocks[0])
 
 
 # ---- data parallelism

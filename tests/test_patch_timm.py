@@ -35,7 +35,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     """Tiny models take the fast path too."""
-    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS"):
+    for name in ("MIN_TOKENS", "MIN_TOKENS_HALF", "MIN_PRODUCTS", "MIN_PRODUCTS_HALF"):
         monkeypatch.setattr(_block, name, 0)
 
 

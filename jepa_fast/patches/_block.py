@@ -19,8 +19,8 @@ from ..nn.block_function import Activations, BlockWeights, How, block
 from ._report import has_own
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# on a CPU, fewer tokens gain nothing: of a block of float32 and of half precision, and products per thread
-MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS = 256, 64, 7e6
+# on a CPU, a block of fewer tokens or products per thread gains nothing; training gains later than evaluation
+MIN_TOKENS, MIN_TOKENS_HALF, MIN_PRODUCTS, MIN_PRODUCTS_HALF = 256, 64, 25e6, 7e6
 
 
 class BlockParts(NamedTuple):
@@ -111,8 +111,8 @@ def gains(x: Tensor) -> bool:
         return True
     tokens = x.shape[0] * x.shape[1]
     is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
-    return (tokens >= (MIN_TOKENS_HALF if is_half else MIN_TOKENS)
-            and tokens * x.shape[2] ** 2 >= MIN_PRODUCTS * torch.get_num_threads())
+    min_tokens, min_products = (MIN_TOKENS_HALF, MIN_PRODUCTS_HALF) if is_half else (MIN_TOKENS, MIN_PRODUCTS)
+    return tokens >= min_tokens and tokens * x.shape[2] ** 2 >= min_products * torch.get_num_threads()
 
 
 def has_inner_hooks(owner: nn.Module, is_idle: Callable[[Callable], bool] = lambda hook: False) -> bool:

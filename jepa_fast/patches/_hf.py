@@ -17,8 +17,9 @@ from ._report import PatchError, Report, check_signature, has_own
 ATTENTION = "jepa_fast"
 WHERE_ORIGINAL = ("its own code runs with attention masks, output_attentions, dropout that drops and hooks on parts, under "
                   "torch.compile, and on CPUs, where ours was measured as slower, for few tokens, in float16{}")
-# on a CPU, fewer gain nothing: tokens of layers with rotary positions, and numbers of a float32 stream without them
+# on a CPU, less gains nothing: tokens, of wide layers with rotary positions, and numbers of a float32 stream without them
 MIN_TOKENS, MIN_NUMBERS = 128, 150_000
+NARROW = 256
 
 
 def modeling(name: str) -> types.ModuleType:
@@ -45,14 +46,19 @@ def is_idle(hook: Callable) -> bool:
     return not set(recorder._active_collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}
 
 
-def is_slower(x: Tensor, weight: Tensor, has_rotary: bool) -> bool:
-    """Whether a layer of x [B, N, D] was measured as slower than the original: on CPUs, for few tokens, 16-bit inference."""
-    if x.device.type != "cpu":
+def runs_itself(layer: nn.Module, parts: BlockParts, x: Tensor, has_rotary: bool) -> bool:
+    """Whether a layer must run its own code on x [B, N, D], or is faster so."""
+    return is_transformed(x) or _is_slower(x, parts, has_rotary) or why_not_now(layer, parts, x, is_idle) is not None
+
+
+def _is_slower(x: Tensor, parts: BlockParts, has_rotary: bool) -> bool:
+    """Whether ours was measured as slower: on CPUs, for few tokens, and in 16-bit inference without rotary positions."""
+    if x.device.type != "cpu" or x.dim() != 3:
         return False
     dtype = product_dtype(x)
     if has_rotary:
-        return dtype == torch.float16 or x.shape[0] * x.shape[1] < MIN_TOKENS
-    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return dtype == torch.float16 or (x.shape[2] > NARROW and x.shape[0] * x.shape[1] < MIN_TOKENS)
+    trains = torch.is_grad_enabled() and (x.requires_grad or parts.proj.weight.requires_grad)
     return not gains(x) or _prefers_sdpa(dtype, trains) or (dtype.itemsize > 2 and x.numel() < MIN_NUMBERS)
 
 
@@ -121,8 +127,8 @@ def _vit_layer(original, self, hidden_states, *masks, **options):
     parts = _vit_parts(self)
     attention = getattr(self.attention, "attention", self.attention)  # of transformers 4, of 5
     dropout = getattr(attention, "dropout_prob", None) or getattr(attention, "attention_dropout", 0.0)
-    if (has_options(masks, options) or (dropout and attention.training) or why_not_now(self, parts, hidden_states, is_idle)
-            or is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
+    if (has_options(masks, options) or (dropout and attention.training)
+            or runs_itself(self, parts, hidden_states, has_rotary=False)):
         return original(self, hidden_states, *masks, **options)
     return run_block(hidden_states, parts)
 

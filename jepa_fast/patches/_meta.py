@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._block import BlockParts, why_not_now
+from ._block import BlockParts, gains, product_dtype, why_not_now
 from ._report import PatchError, Report, modules_defining, modules_of_checkout
 
 
@@ -15,7 +15,7 @@ class CodeBase(NamedTuple):
     """What tells a code base: the names that one of its modules defines, and names that it does not have."""
 
     name: str                       # as in facebookresearch/<name>
-    module: str                     # where they are, in words, for messages
+    module: str                     # the one that defines them, as the checkout calls it
     defines: tuple[str, ...]
     lacks: tuple[str, ...] = ()
 
@@ -35,12 +35,12 @@ class CodeBase(NamedTuple):
             where = "loaded" if modules is None else "in that checkout"
             raise PatchError(f"{self.name}: no module {where} defines {', '.join(self.defines)} as {self.module} does; "
                              f"import it first, or pass a module of the checkout as modules=")
-        return [Checkout(core, _unique([core, *modules_of_checkout(core)])) for core in cores]
+        return [Checkout(core, _unique([core, *modules_of_checkout(core, self.module)])) for core in cores]
 
     def find_behind(self, model: nn.Module) -> list["Checkout"]:
         """Its checkouts that a model has parts of, with only those modules that define classes of the model's parts."""
         behind = namespaces(model)
-        return [Checkout(core, [module for module in modules_of_checkout(core) if module in behind])
+        return [Checkout(core, [module for module in modules_of_checkout(core, self.module) if module in behind])
                 for core in self.core_modules(behind)]
 
 
@@ -73,15 +73,22 @@ def block_parts(block: nn.Module) -> BlockParts:
 
 
 def why_not_block(block: nn.Module, x: Tensor, attention: type, mlp: type) -> str | None:
-    """Why a block must run its own code on x; None where `run_block` computes the same."""
+    """Why a block must run its own code on x; None where `run_block` computes the same, and faster."""
     if type(block.attn) is not attention or type(block.mlp) is not mlp:
         return f"its parts are {type(block.attn).__name__} and {type(block.mlp).__name__}"
-    return why_not_now(block, block_parts(block), x)
+    return why_not_now(block, block_parts(block), x) or ("it is slower" if is_slower(x) else None)
 
 
-def is_plain_call() -> bool:
-    """Whether a call is neither compiled, traced nor transformed, so that our own forward passes may run."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+def is_slower(x: Tensor) -> bool:
+    """Whether fused blocks were measured as slower than Meta's: on CPUs where they are small, and where not in float32.
+
+    Others had 0.7 to 1.0 of the original's speed in inference and 0.7 to 1.3 in training (width 384, one core).
+    """
+    return x.device.type == "cpu" and (product_dtype(x) != torch.float32 or not gains(x))
+
+
+ON_CPUS = ("on CPUs blocks are fused in float32 only, and where they are not small: else their own code is faster; GPUs: "
+           "not measured")
 
 
 def namespaces(model: nn.Module) -> list[ModuleType]:

@@ -187,11 +187,16 @@ def modules_defining(*names: str, among: Iterable[types.ModuleType] | None = Non
             and all(getattr(vars(module).get(name), "__module__", None) == module.__name__ for name in names)]
 
 
-def modules_of_checkout(module: types.ModuleType) -> list[types.ModuleType]:
-    """The loaded modules whose files lie in the same checkout: beside or below the folder that `module` is imported from."""
-    root = pathlib.Path(os.path.abspath(module.__file__)).parents[module.__name__.count(".")]
-    return [other for other in list(sys.modules.values()) if isinstance(other, types.ModuleType)
-            and os.path.abspath(getattr(other, "__file__", None) or "").startswith(f"{root}{os.sep}")]
+def modules_of_checkout(module: types.ModuleType, name: str | None = None) -> list[types.ModuleType]:
+    """The loaded modules whose files lie in the same checkout: beside or below the folder that `module` is imported from.
+
+    name: what the module is called there; it may have been imported as a part of something larger, `mine.src.models`.
+    """
+    depth = min(full.count(".") for full in (module.__name__, name or module.__name__))
+    root = pathlib.Path(os.path.abspath(module.__file__)).parents[depth]
+    return [other for other in list(sys.modules.values())
+            if isinstance(other, types.ModuleType) and isinstance(getattr(other, "__file__", None), str)
+            and os.path.abspath(other.__file__).startswith(f"{root}{os.sep}")]
 
 
 def modules_behind(model: nn.Module) -> list[types.ModuleType]:

@@ -3,16 +3,17 @@
 import inspect
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..drop_in.attention import angle_dtype, attend, attention_dropout
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
+from ..nn.block_function import Activations
 from ._block import BlockParts, is_transformed, why_not_now
 from ._meta import Checkout
-from ._report import check_signature
+from ._report import Report, check_signature
 
 Positions = Callable[[nn.Module, Tensor, int | None, int | None, torch.dtype], Tensor]
 
@@ -27,6 +28,25 @@ class Family(NamedTuple):
     strict: bool
     pairing: str
     positions: Positions    # (attention, ids [P], H, W, dtype) -> [P, 3]
+    activations: Activations | None     # what packed blocks keep for the backward pass; None: as the model is configured
+
+
+NOTE = ("rotary angles are float32 or wider (originally in the dtype of q and k), and attention drops in training only "
+        "(originally by drop_rate in eval too); strict_numerics=True goes back to both")
+
+
+def family_of(layers: ModuleType, strict: bool, pairing: str, positions: Positions, activations: Activations | None
+              ) -> Family:
+    if activations not in (None, *get_args(Activations)):
+        raise ValueError(f"activations must be None or one of {', '.join(get_args(Activations))}, got {activations!r}")
+    return Family(layers, strict, pairing, positions, activations)
+
+
+def say_what_stays(report: Report) -> None:
+    report.keep("blocks with SwiGLU, causal attention, dropout or hooks inside", "run their own code with our attention")
+    report.keep("the loop of train.py", "it is written inline; by hand: jepa_fast.ema_update_ for the target encoder's "
+                "average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+    report.note("fused blocks have first derivatives only: create_graph=True raises an error")
 
 
 def block_parts(block: nn.Module) -> BlockParts:
@@ -38,6 +58,8 @@ def block_parts(block: nn.Module) -> BlockParts:
 def why_not_fused(family: Family, block: nn.Module, x: Tensor, attn_mask: Tensor | None = None,
                   frame_size: int = 0) -> str | None:
     """Why a block must run its own code on x [B, N, D]; None where `run_block` computes the same."""
+    if is_transformed(x):  # first: what follows is not for a compiler's eyes
+        return "it is being compiled, traced or transformed"
     attn = block.attn
     if type(attn) not in attention_types(family.layers) or type(block.mlp) is not family.layers.MLP:
         return f"its parts are {type(attn).__name__} and {type(block.mlp).__name__}"

@@ -78,9 +78,10 @@ class Packed:
     def run(self, x: Tensor, blocks: Sequence[nn.Module], checkpoints: bool, levels: Sequence[int] = ()) -> list[Tensor]:
         """x [P, D] through the blocks -> what comes out of each block in `levels`, and of the last."""
         sequences = self.sequences(blocks[0].attn, x)
+        activations = self.family.activations or ("checkpoint" if checkpoints else "all")
         outs = []
         for i, block in enumerate(blocks):
-            x = run_packed(x, block_parts(block), sequences, "checkpoint" if checkpoints else "all")
+            x = run_packed(x, block_parts(block), sequences, activations)
             if i in levels:
                 outs.append(x)
         return [*outs, x]
@@ -171,7 +172,7 @@ def multi_seq_encoder(family: Family, encoders: list[type]):
     """`MultiSeqWrapper.forward`: with masks, one packed batch."""
     def forward(original, self, x, masks=None):
         vit = self.backbone
-        if masks is None or type(vit) not in encoders or vit.out_layers is not None:
+        if masks is None or is_transformed() or type(vit) not in encoders or vit.out_layers is not None:
             return original(self, x, masks)
         done = encode(family, self, vit, x, masks, lambda vit, clips: vit.patch_embed)
         if done is None:
@@ -185,10 +186,12 @@ def multi_seq_predictor(family: Family, predictors: list[type]):
     """`PredictorMultiSeqWrapper.forward`: one packed batch; the mask token goes by the clip length."""
     def forward(original, self, x, masks_x, masks_y, has_cls=False):
         predictor = self.backbone
+        if is_transformed() or type(predictor) not in predictors or has_cls:
+            return original(self, x, masks_x, masks_y, has_cls)
         rows = [(i, *row) for i, of_clips in enumerate(zip(x, masks_x, masks_y, strict=False))
                 for row in zip(*of_clips, strict=False)]
         calls = [Prediction(z, single(mask_x), single(mask_y), i) for i, z, mask_x, mask_y in rows]
-        if has_cls or type(predictor) not in predictors or not predicts_unsorted(family, self, predictor, calls):
+        if not predicts_unsorted(family, self, predictor, calls):
             return original(self, x, masks_x, masks_y, has_cls)
         outs = [[] for _ in x]
         for call, targets in zip(calls, predict(family, predictor, calls), strict=True):
@@ -258,8 +261,10 @@ def with_mask_tokens(predictor: nn.Module, context: Tensor, call: Prediction, ta
 def video_predictor(family: Family):
     """`VisionTransformerPredictor.forward` without Python loops over samples."""
     def forward(original, self, x, masks_x, masks_y, mask_index=1, has_cls=False):
+        if not is_plain(x):
+            return original(self, x, masks_x, masks_y, mask_index, has_cls)
         call = Prediction(x, single(masks_x), single(masks_y), mask_index)
-        if not is_plain(x) or not has_masks(call, x.shape[1] - bool(has_cls)):
+        if not has_masks(call, x.shape[1] - bool(has_cls)):
             return original(self, x, masks_x, masks_y, mask_index, has_cls)
         if not has_cls and not self.return_all_tokens and predicts_unsorted(family, self, self, [call]):
             return predict(family, self, [call])[0]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import gather_tokens
 from . import _hf
-from ._block import BlockParts, is_transformed, run_block, why_not_now
+from ._block import BlockParts, is_transformed, run_block
 from ._report import Report, check_signature
 from ._rotary import RotaryTables
 
@@ -84,8 +84,7 @@ def _check(module) -> bool:
 def _layer(original, self, hidden_states, position_mask=None, *masks, weights, strict, **options):
     parts, attention = _parts(self), self.attention
     if (_hf.has_options(masks, options) or (attention.dropout_prob and attention.training)
-            or why_not_now(self, parts, hidden_states, _hf.is_idle) or _may_want_weights(self)
-            or _hf.is_slower(hidden_states, parts.proj.weight, has_rotary=True)):
+            or _hf.runs_itself(self, parts, hidden_states, has_rotary=True) or _may_want_weights(self)):
         return original(self, hidden_states, position_mask, *masks, **options)
     rotary = (_original_rotary if strict else _rotary)(attention, hidden_states, position_mask)
     return run_block(hidden_states, parts, rotary), *weights
@@ -106,8 +105,7 @@ def _may_want_weights(layer: nn.Module) -> bool:
 def _pooler_layer(original, self, hidden_states, attention_mask, *masks, weights, **options):
     parts, attention = _pooler_parts(self), self.self_attn
     if (_hf.has_options((attention_mask, *masks), options) or (attention.dropout and attention.training)
-            or why_not_now(self, parts, hidden_states, _hf.is_idle)
-            or _hf.is_slower(hidden_states, parts.proj.weight, has_rotary=False)):
+            or _hf.runs_itself(self, parts, hidden_states, has_rotary=False)):
         return original(self, hidden_states, attention_mask, *masks, **options)
     return run_block(hidden_states, parts), *weights
 

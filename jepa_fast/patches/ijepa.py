@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..drop_in.collators import IJEPAMaskCollator
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import has_inner_hooks, run_block
-from ._meta import Checkout, CodeBase, block_parts, is_plain_call, why_not_block
+from ._block import has_inner_hooks, is_transformed, product_dtype, run_block
+from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, why_not_block
 from ._report import PatchError, Report, check_signature
 
 IJEPA = CodeBase("ijepa", "src.models.vision_transformer",
@@ -48,6 +48,7 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
             _apply(checkout, model, report)
         report.keep("the loop of src.train", "it is written inline; by hand: jepa_fast.ema_update_ for the target encoder's "
                     "average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+        report.note(ON_CPUS)
         report.note("fused blocks have first derivatives only: create_graph=True raises an error")
     return report
 
@@ -79,7 +80,7 @@ def _apply(checkout: Checkout, model: nn.Module | None, report: Report) -> None:
         why = "attention weights are asked for" if return_attention else _why_not(self, x, Attention, MLP)
         if why is None:
             return run_block(x, block_parts(self))
-        if return_attention or not is_plain_call():
+        if return_attention or is_transformed():
             return original(self, x, return_attention)
         with _weights.unread():
             return original(self, x)
@@ -121,7 +122,8 @@ _weights = _Weights()
 def _attention(original, self, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x [B, N, D] -> [B, N, D] and None for the weights, where a block asks, that reads only the first."""
     drops = self.attn_drop.p > 0 and self.attn_drop.training
-    if not is_plain_call() or not _weights.are_unread or drops or self._forward_hooks or has_inner_hooks(self):
+    is_slow = x.device.type == "cpu" and product_dtype(x).itemsize < 4  # its backward pass
+    if is_transformed() or not _weights.are_unread or drops or is_slow or self._forward_hooks or has_inner_hooks(self):
         return original(self, x)
     B, N, D = x.shape
     q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -135,7 +137,7 @@ def _predictor(original, self, x: Tensor, masks_x, masks) -> Tensor:
     The input is written once, with rows of the position table where the original repeats the table for every sample.
     """
     contexts, targets = ([mask] if isinstance(mask, Tensor) else mask for mask in (masks_x, masks))
-    if not is_plain_call() or not contexts or not targets:
+    if is_transformed() or not contexts or not targets:
         return original(self, x, masks_x, masks)
     E, M, B = len(contexts), len(targets), len(x) // len(contexts)
     if any(mask.dim() != 2 or len(mask) != B for mask in (*contexts, *targets)):

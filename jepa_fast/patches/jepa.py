@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..drop_in.collators import VJEPAMaskCollator
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import has_inner_hooks, run_block
-from ._meta import Checkout, CodeBase, block_parts, is_plain_call, why_not_block
+from ._block import has_inner_hooks, is_transformed, run_block
+from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, why_not_block
 from ._report import PatchError, Report, check_signature
 
 JEPA = CodeBase("jepa", "src.models.utils.modules", ("MLP", "Attention", "Block", "CrossAttention", "CrossAttentionBlock"),
@@ -52,6 +52,7 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
         report.keep("the random-tube MaskCollator", "no official configuration uses it")
         report.keep("the loop of app.vjepa.train", "it is written inline; by hand: jepa_fast.ema_update_ for the target "
                     "encoder's average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+        report.note(ON_CPUS)
         report.note("fused blocks have first derivatives only: create_graph=True raises an error")
         if not strict_numerics:
             report.note("with drop > 0 the original drops attention weights in eval mode too: put right (no official "
@@ -136,7 +137,7 @@ def _why_not(block: nn.Module, x: Tensor, attention: type, mlp: type, strict: bo
 def _attention(original, self, x: Tensor, mask: Tensor | None, strict: bool) -> tuple[Tensor, None]:
     """x [B, N, D] -> [B, N, D] and None: of blocks that are not fused. Drops in training only, unless `strict`."""
     dropout_p = self.proj_drop_prob if strict or self.training else 0.0
-    if not self.use_sdpa or (dropout_p == self.proj_drop_prob and not is_plain_call()):
+    if not self.use_sdpa or (dropout_p == self.proj_drop_prob and is_transformed()):
         return original(self, x, mask)
     B, N, D = x.shape
     q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -146,7 +147,7 @@ def _attention(original, self, x: Tensor, mask: Tensor | None, strict: bool) -> 
 
 def _cross_attention(original, self, q: Tensor, x: Tensor) -> Tensor:
     """q [B, n, D] attends to x [B, N, D] -> [B, n, D], without the context manager that PyTorch is about to drop."""
-    if not self.use_sdpa or not is_plain_call():
+    if not self.use_sdpa or is_transformed():
         return original(self, q, x)
     heads = (self.num_heads, q.shape[-1] // self.num_heads)
     query = self.q(q).unflatten(-1, heads).transpose(1, 2)
@@ -159,7 +160,7 @@ def _multi_mask(encoder: type) -> Callable:
     def forward(original, self, x: Tensor, masks: Tensor | list[Tensor] | None = None) -> Tensor | list[Tensor]:
         backbone = self.backbone
         is_one = not isinstance(masks, list) or len(masks) < 2
-        if is_one or type(backbone) is not encoder or not is_plain_call() or has_inner_hooks(self):
+        if is_one or type(backbone) is not encoder or is_transformed() or has_inner_hooks(self):
             return original(self, x, masks)
         positions = backbone.pos_embed
         if positions is not None:
@@ -189,7 +190,7 @@ def _predictor(original, self, ctxt: Tensor, tgt: Tensor, masks_ctxt, masks_tgt,
     Mask tokens and positions are made where they are needed; the original makes them for every token of every clip.
     """
     contexts, targets = ([mask] if isinstance(mask, Tensor) else mask for mask in (masks_ctxt, masks_tgt))
-    is_plain = is_plain_call() and self.mask_tokens is not None and self.predictor_pos_embed is not None
+    is_plain = not is_transformed() and self.mask_tokens is not None and self.predictor_pos_embed is not None
     if not is_plain or not contexts or not targets or len(contexts) != 1 or len(targets) != 1:
         return original(self, ctxt, tgt, masks_ctxt, masks_tgt, mask_index)
     (context,), (target,), positions = contexts, targets, self.predictor_pos_embed[0]

@@ -46,13 +46,12 @@ def apply(model: nn.Module | None = None, *, strict_numerics: bool = False) -> R
 
 
 def _patch_backbone(report: Report, model: nn.Module | None) -> None:
-    """timm's ViTs through their own patch, unless that has been there already."""
+    """timm's ViTs through their own patch."""
     if model is None:
         report.keep("ViTs of timm", "pass the model, or use jepa_fast.patches.timm")
         return
     timm = importlib.import_module(".timm", __package__)
-    is_patched = any(timm.kind(part) and "forward" in vars(part) for part in model.modules())
-    if timm.matches(model) and not is_patched:
+    if timm.matches(model):
         report.take(timm.apply(model))
 
 

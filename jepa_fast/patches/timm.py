@@ -181,9 +181,9 @@ def why_other_attention(attn: nn.Module) -> str | None:
 
 def why_not_attend(attn: nn.Module, x: Tensor) -> str | None:
     """Why this call of an attention must run timm's code."""
-    if x.dim() != 3 or x.dtype not in FLOATS:
-        return f"x is {list(x.shape)} {x.dtype}"
-    if any(type(layer) is not nn.Linear for layer in projections(attn)):
+    if x.dim() != 3 or x.dtype not in FLOATS or x.device.type not in ("cpu", "cuda"):
+        return f"x is {list(x.shape)} {x.dtype} on {x.device}"
+    if any(type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter for layer in projections(attn)):
         return "its projections are no plain Linears"
     if not torch.is_autocast_enabled(x.device.type) and projections(attn)[0].weight.dtype != x.dtype:
         return f"x is {x.dtype}, its weights {projections(attn)[0].weight.dtype}"

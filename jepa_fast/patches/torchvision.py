@@ -43,7 +43,8 @@ def fast_block(original, self, input):
 def block_parts(block: nn.Module) -> BlockParts | str:
     """What an EncoderBlock computes with, or what it does that ours does not."""
     attn, mlp = block.self_attention, block.mlp
-    if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.bias_k is not None:
+    if (type(attn) is not nn.MultiheadAttention or type(attn.in_proj_weight) is not nn.Parameter
+            or attn.bias_k is not None):
         return f"its attention is a {type(attn).__name__} of another kind"
     if attn.add_zero_attn or not attn.batch_first or type(attn.out_proj) is not NonDynamicallyQuantizableLinear:
         return "its attention has options that ours does not"

@@ -8,18 +8,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of, grid_of, grid_positions, rope_table
+from ..drop_in.collators import VJEPA2MaskCollator
+from ..nn.block_function import Activations
 from ._block import gains, has_inner_hooks, is_transformed, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
     FUNCTIONS,
+    NOTE,
     Family,
     block_parts,
     classes_of,
     cross_attention,
+    family_of,
     is_rotary,
     own_code_only,
     plain_attention,
+    say_what_stays,
     why_not_fused,
 )
 from ._vjepa2_packed import multi_seq_encoder, multi_seq_predictor, video_predictor
@@ -45,7 +50,7 @@ def matches(model: nn.Module) -> bool:
 
 
 def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[ModuleType] | None = None,
-          strict_numerics: bool = False) -> Report:
+          strict_numerics: bool = False, activations: Activations | None = None) -> Report:
     """Make V-JEPA 2 fast: the classes of a checkout (`modules`: any of it; all that are loaded), or one model.
 
     Replaced are the forwards of
@@ -54,21 +59,23 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
         models.predictor       no Python loops over samples, no sorting where positions are explicit
         models.ac_predictor    its dense mask recognised as frame-causal attention
         utils.wrappers         all masks as one packed batch, only visible tubelets embedded
-    and apply_masks, repeat_interleave_batch wherever they were imported to.
+    and apply_masks, repeat_interleave_batch and the mask collator wherever they were imported to.
 
     Rotary angles are float32, or wider where the model is; attention drops in training only. strict_numerics: angles in
     the dtype of q and k, and attention dropout in eval too, as in the original. The frequencies stay tiled: they are part
-    of the trained weights. PatchError where the code is not loaded or has other signatures.
+    of the trained weights. activations: what the packed blocks keep for the backward pass (`nn.block_function`); None: as
+    the model is configured, with its activation checkpointing. PatchError where the code is not loaded or has other
+    signatures.
     """
     with Report.of("vjepa2") as report:
         found = CODE.find(modules) if model is None or modules is not None else CODE.find_behind(model)
         if not found:
             raise PatchError(f"vjepa2: model must have parts of V-JEPA 2, got a {type(model).__qualname__}")
         for checkout in found:
-            _patch(report, checkout, model, Family(checkout.core, strict_numerics, "tiled", _positions))
+            _patch(report, checkout, model, family_of(checkout.core, strict_numerics, "tiled", _positions, activations))
+        say_what_stays(report)
         if not strict_numerics:
-            report.note("rotary angles are float32 or wider (originally in the dtype of q and k), and attention drops in "
-                        "training only (originally by drop_rate in eval too); strict_numerics=True goes back to both")
+            report.note(NOTE)
     return report
 
 
@@ -85,10 +92,24 @@ def _patch(report: Report, checkout: Checkout, model: nn.Module | None, family: 
             report.replace_method(cls, "forward", forward, model)
         if not classes[name] and model is None:
             report.keep(name, "its module is not loaded; import it first")
+    for collator in checkout.definitions("MaskCollator"):
+        _replace_collator(report, checkout, collator)
     for name, (new, expected) in FUNCTIONS.items():
         for old in checkout.holders(name):
             check_signature(old, expected, name)
         checkout.replace_function(report, name, new)
+
+
+def _replace_collator(report: Report, checkout: Checkout, collator: type) -> None:
+    if not collator.__module__.endswith("multiseq_multiblock3d"):
+        report.keep(f"{collator.__module__}.MaskCollator", "no official configuration uses it")
+    elif "isinstance" in collator.__call__.__code__.co_names:  # V-JEPA 2.1's copy
+        report.keep("MaskCollator", "in this version it takes images too")
+    else:
+        check_signature(collator.__init__, lambda self, cfgs_mask, dataset_fpcs, crop_size=(224, 224), patch_size=(16, 16),
+                        tubelet_size=2: 0, "MaskCollator")
+        report.replace_everywhere(collator, VJEPA2MaskCollator, checkout.modules)
+        report.note("MaskCollator refuses settings with which the original may never end, by an error when it is made")
 
 
 def _positions(attn: nn.Module, ids: Tensor, H: int | None, W: int | None, dtype: torch.dtype) -> Tensor:

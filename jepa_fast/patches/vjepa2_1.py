@@ -9,18 +9,22 @@ from torch.utils.checkpoint import checkpoint
 
 from ..drop_in.attention import attend, grid_of, grid_positions, tables
 from ..masking import Masks, nearest_target
+from ..nn.block_function import Activations
 from ..ops import gather_tokens
-from ._block import run_block
+from ._block import is_transformed, run_block
 from ._meta import Checkout, CodeBase
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
     FUNCTIONS,
+    NOTE,
     Family,
     block_parts,
     classes_of,
     cross_attention,
+    family_of,
     own_code_only,
     plain_attention,
+    say_what_stays,
     why_not_fused,
 )
 from ._vjepa2_packed import (
@@ -56,7 +60,7 @@ def matches(model: nn.Module) -> bool:
 
 
 def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[ModuleType] | None = None,
-          strict_numerics: bool = False) -> Report:
+          strict_numerics: bool = False, activations: Activations | None = None) -> Report:
     """Make V-JEPA 2.1 fast: the classes of a checkout (`modules`: any of it; all that are loaded), or one model.
 
     Replaced are the forwards of
@@ -68,18 +72,20 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
     imported to. V-JEPA 2's own tree in the same checkout is the patch vjepa2's.
 
     Rotary angles are float32, or wider where the model is, and q and k keep their dtype; attention drops in training only.
-    strict_numerics: angles in the dtype of q and k, and attention dropout in eval too, as in the original. PatchError
-    where the code is not loaded or has other signatures.
+    strict_numerics: angles in the dtype of q and k, and attention dropout in eval too, as in the original. activations:
+    what the packed blocks keep for the backward pass (`nn.block_function`); None: as the model is configured, with its
+    activation checkpointing. PatchError where the code is not loaded or has other signatures.
     """
     with Report.of("vjepa2_1") as report:
         found = CODE.find(modules) if model is None or modules is not None else CODE.find_behind(model)
         if not found:
             raise PatchError(f"vjepa2_1: model must have parts of V-JEPA 2.1, got a {type(model).__qualname__}")
         for checkout_ in found:
-            _patch(report, checkout_, model, Family(checkout_.core, strict_numerics, "interleaved", _grid_positions))
+            _patch(report, checkout_, model, family_of(checkout_.core, strict_numerics, "interleaved", _grid_positions,
+                                                       activations))
+        say_what_stays(report)
         if not strict_numerics:
-            report.note("rotary angles are float32 or wider (originally in the dtype of q and k), and attention drops in "
-                        "training only (originally by drop_rate in eval too); strict_numerics=True goes back to both")
+            report.note(NOTE)
     return report
 
 
@@ -173,7 +179,8 @@ def _multi_seq_encoder(family: Family, encoders: list[type]):
     """`MultiSeqWrapper.forward`: with masks, one packed batch; each level is normalised by its own norm, side by side."""
     def forward(original, self, x, masks=None, gram_mode=False, training_mode=False):
         vit, done = self.backbone, None
-        if masks is not None and type(vit) in encoders and vit.out_layers is None and not vit.attn_out and vit.use_rope:
+        if (masks is not None and not is_transformed() and type(vit) in encoders and vit.out_layers is None
+                and not vit.attn_out and vit.use_rope):
             is_whole = training_mode or vit.return_hierarchical
             levels = vit.out_layers_distillation if is_whole else []
             done = encode(family, self, vit, x, masks, _embed, levels, _modality)
@@ -206,11 +213,12 @@ def _multi_seq_predictor(family: Family, predictors: list[type]):
     """`PredictorMultiSeqWrapper.forward`: one packed batch; the mask token goes by the clip length."""
     def forward(original, self, x, masks_x, masks_y, mod="video"):
         predictor = self.backbone
+        if is_transformed() or type(predictor) not in predictors or not predictor.use_rope:
+            return original(self, x, masks_x, masks_y, mod)
         calls = [Prediction(z, single(mask_x), single(mask_y), i)
                  for i, of_clips in enumerate(zip(x, masks_x, masks_y, strict=False))
                  for z, mask_x, mask_y in zip(*of_clips, strict=False)]
-        if (type(predictor) not in predictors or not predictor.use_rope
-                or not predicts_unsorted(family, self, predictor, calls)):
+        if not predicts_unsorted(family, self, predictor, calls):
             return original(self, x, masks_x, masks_y, mod)
         predictions, contexts = [[] for _ in x], [[] for _ in x]
         for call, *outs in zip(calls, *_predict(family, predictor, calls, mod), strict=True):
@@ -223,8 +231,10 @@ def _multi_seq_predictor(family: Family, predictors: list[type]):
 def _predictor(family: Family):
     """`VisionTransformerPredictor.forward` without Python loops over samples."""
     def forward(original, self, x, masks_x, masks_y, mod="video", mask_index=1):
+        if not is_plain(x) or not self.use_rope:
+            return original(self, x, masks_x, masks_y, mod, mask_index)
         call = Prediction(x, single(masks_x), single(masks_y), mask_index)
-        if not is_plain(x) or not has_masks(call, x.shape[1]) or not self.use_rope:
+        if not has_masks(call, x.shape[1]):
             return original(self, x, masks_x, masks_y, mod, mask_index)
         if predicts_unsorted(family, self, self, [call]):
             (prediction,), (context,) = _predict(family, self, [call], mod)
