@@ -30,7 +30,8 @@ def test_a_case_in_both_manners():
     rows = measure(CASE, "fp32", None, repeats=1)
     assert [row["provider"] for row in rows] == ["before", "after", "after, by hand"]
     assert rows[0]["ratio"] == 1 and rows[0]["peak_mb"] > rows[1]["peak_mb"] > 0
-    assert rows[1]["ratio"] == rows[0]["ms"] / rows[1]["ms"] and rows[1]["goal"] == 1e9 and "goal" not in rows[2]
+    assert rows[1]["ratio"] == pytest.approx(rows[0]["ms"] / rows[1]["ms"])
+    assert rows[1]["goal"] == 1e9 and "goal" not in rows[2]
     assert rows[0]["case"] == "SIGReg 2 x 12 x 4, forward + backward, fp32"
 
 
@@ -76,6 +77,8 @@ def test_who_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setitem(command.FAMILIES, "timm", type("family", (), {"cases": staticmethod(lambda: [case])}))
     with pytest.raises(SystemExit, match="not timed: test: doubles, inference, fp32: after and before disagree"):
         command.main(["timm", "--precision", "fp32"])
+    with pytest.raises(SystemExit, match="bf16: after is further from float32 than before on result 0: 5.00e-02"):
+        command.main(["timm", "--precision", "bf16"])
 
 
 def test_what_cannot_run_is_left_out_by_name(monkeypatch, tmp_path, capsys):

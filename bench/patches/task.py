@@ -15,8 +15,7 @@ from jepa_fast.patches import Report
 from ..checkouts import allow_torchvision
 from ..measure import agree, interleaved, peak_memory_bytes
 
-# relative to the size of what is compared: losses, outputs, and all gradients as one vector
-TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2}
+TOLERANCE = 1e-3  # relative to the size of what is compared: losses, outputs, and all gradients as one vector
 
 Call = Callable[[], list[Tensor]]
 Start = Callable[[nn.Module, Callable], Call]
@@ -76,14 +75,15 @@ def measure(case: Case, precision: str, official: pathlib.Path | None, repeats: 
     allow_torchvision()
     with case.make(*([official / case.checkout] if case.checkout else [])) as task:
         calls = dict(_calls(task, precision))
-        results = {}
-        for name, call in calls.items():
-            torch.manual_seed(0)
-            results[name] = [x.detach().clone() for x in call()]
-        try:
-            agree(results, TOLERANCE[precision])
-        except AssertionError as error:
-            raise Disagreement(*error.args) from None
+        results = {name: _results(call) for name, call in calls.items()}
+        if precision == "fp32":
+            try:
+                agree(results, TOLERANCE)
+            except AssertionError as error:
+                raise Disagreement(*error.args) from None
+        else:
+            _, exact = next(_calls(task, "fp32"))
+            _err_as_little(results, _results(exact))
         timings = interleaved(calls, repeats=repeats, warmup=0)  # all have run once
         peaks = {name: peak_memory_bytes(call) for name, call in calls.items()}
     rows = []
@@ -94,6 +94,23 @@ def measure(case: Case, precision: str, official: pathlib.Path | None, repeats: 
         if case.goal and precision == "fp32" and name == "after":
             rows[-1]["goal"] = case.goal
     return rows
+
+
+def _results(call: Call) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [x.detach().clone() for x in call()]
+
+
+def _err_as_little(results: dict[str, list[Tensor]], exact: list[Tensor]) -> None:
+    """In half precision a patched model is as near to the original in float32 as the original is, or twice as far."""
+    def error(x: Tensor, reference: Tensor) -> float:
+        return float((x.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30))
+
+    for name, values in results.items():
+        for i, (ours, theirs, reference) in enumerate(zip(values, results["before"], exact, strict=True)):
+            if not error(ours, reference) <= 2 * error(theirs, reference) + TOLERANCE:
+                raise Disagreement(f"{name} is further from float32 than before on result {i}: "
+                                   f"{error(ours, reference):.2e}, before {error(theirs, reference):.2e}")
 
 
 def _calls(task: Task, precision: str) -> Iterator[tuple[str, Call]]:
