@@ -16,7 +16,8 @@ from torch.nn.modules import module as nn_module
 
 from ..nn.block import Sequences
 from ..nn.block_function import Activations, BlockWeights, How, block
-from ..ops import COMPILED_MISSING
+from ..nn.linear import linear
+from ..ops import COMPILED_MISSING, bias_gelu, varlen_attention
 from ._report import has_own
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -158,6 +159,24 @@ def run_packed(x: Tensor, parts: BlockParts, sequences: Sequences, activations: 
     how = How(sequences.cu_seqlens, sequences.max_seqlen, sequences.rotary, sequences.frame_size, parts.num_heads,
               parts.norm1.eps, dtype, activations, *scales)
     return block(x, weights, copies, how)
+
+
+def run_last_rows(x: Tensor, parts: BlockParts, num_others: int) -> Tensor:
+    """`run_block` where the first rows of every sequence are not wanted: x [B, N, D] -> [B, N - num_others, D].
+
+    All rows are keys and values; queries, MLP and residuals are computed for the wanted ones only.
+    """
+    B, N, D = x.shape
+    heads, device = (parts.num_heads, D // parts.num_heads), x.device
+    h, w = parts.norm1(x), _weights(parts)
+    q = linear(h[:, num_others:].reshape(-1, D), w.qkv_weight[:D], w.qkv_bias[:D]).view(-1, *heads)
+    k, v = linear(h.view(-1, D), w.qkv_weight[D:], w.qkv_bias[D:]).view(-1, 2, *heads).unbind(1)
+    attended = varlen_attention(q, k, v, cu_seqlens(B, N - num_others, device), N - num_others, cu_seqlens(B, N, device), N)
+    drop1, drop2 = (nn.Identity() if drop is None else drop for drop in (parts.drop_path1, parts.drop_path2))
+    x = x[:, num_others:]
+    x = x + drop1(linear(attended.view(x.shape), w.proj_weight, w.proj_bias))
+    hidden = bias_gelu(linear(parts.norm2(x), w.fc1_weight), w.fc1_bias)
+    return x + drop2(linear(hidden, w.fc2_weight, w.fc2_bias))
 
 
 _IN_PRODUCTS = ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "fc1_weight", "fc2_weight", "fc2_bias")

@@ -8,7 +8,7 @@ predictor's input, `apply_masks` and `repeat_interleave_batch` wherever they wer
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..drop_in.collators import IJEPAMaskCollator
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import has_inner_hooks, is_transformed, product_dtype, run_block
+from ._block import has_inner_hooks, is_transformed, product_dtype, run_block, run_last_rows
 from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, why_not_block
 from ._report import PatchError, Report, check_signature
 
@@ -85,9 +85,15 @@ def _apply(checkout: Checkout, model: nn.Module | None, report: Report) -> None:
         with _unread:
             return original(self, x)
 
+    def predictor(original, self, x, masks_x, masks):
+        *_, last = self.predictor_blocks
+        is_short = type(last) is Block and not has_inner_hooks(self)
+        return _predictor(original, self, x, masks_x, masks,
+                          lambda x: is_short and _why_not(last, x, Attention, MLP) is None)
+
     report.replace_method(Block, "forward", block, model)
     report.replace_method(Attention, "forward", _attention, model)
-    report.replace_method(core.VisionTransformerPredictor, "forward", _predictor, model)
+    report.replace_method(core.VisionTransformerPredictor, "forward", predictor, model)
     for name, new in (("apply_masks", apply_masks), ("repeat_interleave_batch", repeat_interleave_batch)):
         checkout.replace_function(report, name, new)
     for collator in _collators(checkout):
@@ -129,10 +135,11 @@ def _attention(original, self, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return self.proj_drop(self.proj(out)), None
 
 
-def _predictor(original, self, x: Tensor, masks_x, masks) -> Tensor:
+def _predictor(original, self, x: Tensor, masks_x, masks, is_short: Callable[[Tensor], bool]) -> Tensor:
     """Context tokens [E * B, K, D] at masks_x -> predictions [M * E * B, K', D] at masks, lists of [B, K] int64.
 
-    The input is written once, with rows of the position table where the original repeats the table for every sample.
+    The input is written once, with rows of the position table where the original repeats the table for every sample. Where
+    is_short(x), x the input of the last block, that block computes the predicted tokens only.
     """
     contexts, targets = ([mask] if isinstance(mask, Tensor) else mask for mask in (masks_x, masks))
     if is_transformed() or not contexts or not targets:
@@ -147,6 +154,9 @@ def _predictor(original, self, x: Tensor, masks_x, masks) -> Tensor:
     tokens = self.mask_token + F.embedding(torch.cat(targets), positions)
     tokens = tokens.view(M, 1, B, -1, D).expand(-1, E, -1, -1, -1).reshape(M, E * B, -1, D)
     x = torch.cat([x.expand(M, -1, -1, -1), tokens], dim=2).flatten(0, 1)
-    for block in self.predictor_blocks:
+    *blocks, last = self.predictor_blocks
+    for block in blocks:
         x = block(x)
-    return self.predictor_proj(self.predictor_norm(x)[:, K:])
+    if is_short(x):
+        return self.predictor_proj(self.predictor_norm(run_last_rows(x, block_parts(last), K)))
+    return self.predictor_proj(self.predictor_norm(last(x))[:, K:])

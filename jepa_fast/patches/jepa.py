@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..drop_in.collators import VJEPAMaskCollator
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
-from ._block import has_inner_hooks, is_transformed, run_block
+from ._block import has_inner_hooks, is_transformed, run_block, run_last_rows
 from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, why_not_block
 from ._report import PatchError, Report, check_signature
 
@@ -106,11 +106,17 @@ def _apply(checkout: Checkout, model: nn.Module | None, strict: bool, report: Re
     def attention(original, self, x, mask=None):
         return _attention(original, self, x, mask, strict)
 
+    def predictor(original, self, ctxt, tgt, masks_ctxt, masks_tgt, mask_index=1):
+        *_, last = self.predictor_blocks
+        is_short = type(last) is core.Block and not has_inner_hooks(self)
+        return _predictor(original, self, ctxt, tgt, masks_ctxt, masks_tgt, mask_index,
+                          lambda x: is_short and _why_not(last, x, Attention, MLP, strict) is None)
+
     report.replace_method(core.Block, "forward", block, model)
     report.replace_method(Attention, "forward", attention, model)
     report.replace_method(core.CrossAttention, "forward", _cross_attention, model)
     for cls in checkout.definitions("VisionTransformerPredictor"):
-        report.replace_method(cls, "forward", _predictor, model)
+        report.replace_method(cls, "forward", predictor, model)
     for encoder in checkout.definitions("VisionTransformer"):
         for wrapper in checkout.definitions("MultiMaskWrapper"):
             report.replace_method(wrapper, "forward", _multi_mask(encoder), model)
@@ -184,10 +190,12 @@ def _encode(encoder: nn.Module, x: Tensor, mask: Tensor) -> Tensor | list[Tensor
     return x if encoder.norm is None else encoder.norm(x)
 
 
-def _predictor(original, self, ctxt: Tensor, tgt: Tensor, masks_ctxt, masks_tgt, mask_index: int = 1) -> Tensor:
+def _predictor(original, self, ctxt: Tensor, tgt: Tensor, masks_ctxt, masks_tgt, mask_index: int,
+               is_short: Callable[[Tensor], bool]) -> Tensor:
     """Context tokens [B, K, D] at masks_ctxt -> predictions [B, K', D] at masks_tgt, [B, K] int64 or lists of one.
 
-    Mask tokens and positions are made where they are needed; the original makes them for every token of every clip.
+    Mask tokens and positions are made where they are needed; the original makes them for every token of every clip. Where
+    is_short(x), x the input of the last block, that block computes the predicted tokens only.
     """
     contexts, targets = ([mask] if isinstance(mask, Tensor) else mask for mask in (masks_ctxt, masks_tgt))
     is_plain = not is_transformed() and self.mask_tokens is not None and self.predictor_pos_embed is not None
@@ -201,6 +209,9 @@ def _predictor(original, self, ctxt: Tensor, tgt: Tensor, masks_ctxt, masks_tgt,
     tokens = self.mask_tokens[mask_index % self.num_mask_tokens] + F.embedding(target, positions)
     num_context, masks = x.shape[1], torch.cat([context, target], dim=1)
     x = torch.cat([x, tokens], dim=1)
-    for block in self.predictor_blocks:
+    *blocks, last = self.predictor_blocks
+    for block in blocks:
         x = block(x, mask=masks)
-    return self.predictor_proj(self.predictor_norm(x)[:, num_context:])
+    if is_short(x):
+        return self.predictor_proj(self.predictor_norm(run_last_rows(x, block_parts(last), num_context)))
+    return self.predictor_proj(self.predictor_norm(last(x, mask=masks))[:, num_context:])
