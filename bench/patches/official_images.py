@@ -17,7 +17,7 @@ from jepa_fast.recipes import ijepa as recipes
 from ..checkouts import checkout
 from .task import Case, Task, inference, training
 
-BATCH, SIZE = 8, 224
+BATCH, SIZE = 16, 224
 
 
 def cases() -> list[Case]:
@@ -30,7 +30,7 @@ def cases() -> list[Case]:
 def task(path: pathlib.Path, trains: bool):
     with checkout(path, "src.helper", "src.masks.utils", "src.utils.tensors") as (helper, masks_utils, tensors):
         torch.manual_seed(0)
-        encoder, predictor = helper.init_model("cpu", patch_size=16, model_name="vit_small", crop_size=SIZE, pred_depth=6,
+        encoder, predictor = helper.init_model("cpu", patch_size=16, model_name="vit_small", crop_size=SIZE, pred_depth=12,
                                                pred_emb_dim=384)
         model = with_target(encoder, predictor)
         images = torch.randn(BATCH, 3, SIZE, SIZE)
@@ -52,7 +52,7 @@ def task(path: pathlib.Path, trains: bool):
             return F.smooth_l1_loss(model["predictor"](model["encoder"](images, context), context, target), h)
 
         yield Task(model, training(loss_of, trained=trained, optimizer=adamw, after_step=move_average), apply,
-                   training(loss_of, trained=trained, optimizer=adamw_ema))
+                   (("AdamWEMA", apply, training(loss_of, trained=trained, optimizer=adamw_ema)),))
 
 
 def image_masks() -> tuple[list[Tensor], list[Tensor]]:

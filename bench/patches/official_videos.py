@@ -1,4 +1,7 @@
-"""facebookresearch/jepa and vjepa2: V-JEPA, V-JEPA 2, 2-AC and 2.1, ViT-S on 16 frames, two groups of masks."""
+"""facebookresearch/jepa and vjepa2: V-JEPA, V-JEPA 2, 2-AC and 2.1, ViT-S on 16 frames, two groups of masks.
+
+With activation checkpointing where their configuration files have it: all of vjepa2's.
+"""
 
 import contextlib
 import dataclasses
@@ -21,6 +24,7 @@ BATCH, FRAMES, SIZE = 2, 16, 128
 ENCODER = dict(img_size=SIZE, patch_size=16, num_frames=FRAMES, tubelet_size=2, use_sdpa=True)
 PREDICTOR = ENCODER | dict(embed_dim=384, predictor_embed_dim=384, depth=12, num_heads=12, use_mask_tokens=True,
                            zero_init_mask_tokens=True)
+CHECKPOINTS = dict(use_activation_checkpointing=True)
 
 
 def cases() -> list[Case]:
@@ -47,20 +51,25 @@ def clip_masks() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def task_of(how: str, encoder: nn.Module, predictor: nn.Module, *, clips, target_of: Callable, loss_of: Callable,
-            apply: Callable, after_step: Callable) -> Task:
-    """how: "inference": the target encoder; "pair": forward and backward of both that train; "step": all of train.py."""
+            apply: Callable, apply_all: Callable | None = None, after_step: Callable) -> Task:
+    """how: "inference": the target encoder; "pair": forward and backward of both that train; "step": all of train.py.
+
+    apply_all: the patch that keeps all activations where the original computes them again.
+    """
     model = with_target(encoder, predictor)
     if how == "inference":
         return Task(model, inference(lambda model: model["target_encoder"](clips)), apply)
     if how == "pair":
         targets = target_of(model)
-        return Task(model, training(lambda model: loss_of(model, targets), trained=trained), apply)
+        start = training(lambda model: loss_of(model, targets), trained=trained)
+        return Task(model, start, apply, (("all activations kept", apply_all, start),) if apply_all else ())
 
     def loss(model: nn.ModuleDict) -> Tensor:
         return loss_of(model, target_of(model))
 
-    return Task(model, training(loss, trained=trained, optimizer=adamw, after_step=after_step), apply,
-                training(loss, trained=trained, optimizer=adamw_ema))
+    by_hand = training(loss, trained=trained, optimizer=adamw_ema)
+    more = [("AdamWEMA", apply, by_hand)] + ([("AdamWEMA, all activations kept", apply_all, by_hand)] if apply_all else [])
+    return Task(model, training(loss, trained=trained, optimizer=adamw, after_step=after_step), apply, tuple(more))
 
 
 def mean_power(z: list[Tensor], h: list[Tensor]) -> Tensor:
@@ -96,9 +105,9 @@ def vjepa2(path: pathlib.Path, how: str):
     names = ("src.models.vision_transformer", "src.models.predictor", "src.utils.wrappers", "src.masks.utils")
     with checkout(path, *names) as (transformer, predictors, wrappers, masks_utils):
         torch.manual_seed(0)
-        encoder = wrappers.MultiSeqWrapper(transformer.vit_small(**ENCODER, use_rope=True))
+        encoder = wrappers.MultiSeqWrapper(transformer.vit_small(**ENCODER, **CHECKPOINTS, use_rope=True))
         predictor = wrappers.PredictorMultiSeqWrapper(
-            predictors.vit_predictor(**PREDICTOR, use_rope=True, num_mask_tokens=10))
+            predictors.vit_predictor(**PREDICTOR, **CHECKPOINTS, use_rope=True, num_mask_tokens=10))
         clips = [torch.randn(BATCH, 3, FRAMES, SIZE, SIZE)]
         context, target = ([lists] for lists in clip_masks())
 
@@ -111,7 +120,8 @@ def vjepa2(path: pathlib.Path, how: str):
             return mean_power(model["predictor"](model["encoder"](clips, context), context, target)[0], h)
 
         yield task_of(how, encoder, predictor, clips=clips, target_of=target_of, loss_of=loss_of,
-                      after_step=move_average_foreach, apply=lambda model: patches.vjepa2.apply(modules=[transformer]))
+                      after_step=move_average_foreach, apply=lambda model: patches.vjepa2.apply(modules=[transformer]),
+                      apply_all=lambda model: patches.vjepa2.apply(modules=[transformer], activations="all"))
 
 
 @contextlib.contextmanager
@@ -121,7 +131,7 @@ def vjepa21(path: pathlib.Path, how: str):
              "src.masks.utils")
     with checkout(path, *names) as (transformer, predictors, wrappers, masks_utils):
         torch.manual_seed(0)
-        options = dict(use_rope=True, interpolate_rope=True, modality_embedding=True, img_temporal_dim_size=1)
+        options = CHECKPOINTS | dict(use_rope=True, interpolate_rope=True, modality_embedding=True, img_temporal_dim_size=1)
         encoder = wrappers.MultiSeqWrapper(transformer.vit_small(**ENCODER, **options))
         predictor = wrappers.PredictorMultiSeqWrapper(
             predictors.vit_predictor(**PREDICTOR, **options, num_mask_tokens=10, return_all_tokens=True))
@@ -140,7 +150,8 @@ def vjepa21(path: pathlib.Path, how: str):
             return mean_power(z_target[0], h[0]) + mean_power(z_context[0], h[1])
 
         yield task_of(how, encoder, predictor, clips=clips, target_of=target_of, loss_of=loss_of,
-                      after_step=move_average_foreach, apply=lambda model: patches.vjepa2_1.apply(modules=[transformer]))
+                      after_step=move_average_foreach, apply=lambda model: patches.vjepa2_1.apply(modules=[transformer]),
+                      apply_all=lambda model: patches.vjepa2_1.apply(modules=[transformer], activations="all"))
 
 
 @contextlib.contextmanager
@@ -148,7 +159,7 @@ def action_conditioned(path: pathlib.Path, how: str):
     with checkout(path, "src.models.ac_predictor") as (predictors,):
         torch.manual_seed(0)
         model = predictors.vit_ac_predictor(img_size=SIZE, patch_size=16, num_frames=8, tubelet_size=2, embed_dim=384,
-                                            predictor_embed_dim=384, depth=12, num_heads=12, use_rope=True)
+                                            predictor_embed_dim=384, depth=12, num_heads=12, use_rope=True, **CHECKPOINTS)
         frames = torch.randn(BATCH, 4 * 64, 384)
         actions, states = torch.randn(2, BATCH, 4, 7)
 

@@ -31,7 +31,8 @@ class Task(NamedTuple):
     model: nn.Module
     start: Start
     apply: Callable[[nn.Module], Report]
-    start_by_hand: Start | None = None     # the same with pieces of ours where a patch cannot reach
+    more: tuple[tuple[str, Callable[[nn.Module], Report], Start], ...] = ()  # (what is added, apply, start): with pieces of
+    #                                        ours where a patch cannot reach, or with options of the patch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Switch:
 
 
 def measure(case: Case, precision: str, official: pathlib.Path | None, repeats: int) -> list[dict]:
-    """Rows "before", "after" and, where pieces are put in by hand, "after, by hand"."""
+    """Rows "before", "after" and, where a task has more, "after, <what is added>"."""
     allow_torchvision()
     with case.make(*([official / case.checkout] if case.checkout else [])) as task:
         calls = dict(_calls(task, precision))
@@ -120,12 +121,10 @@ def _calls(task: Task, precision: str) -> Iterator[tuple[str, Call]]:
 
     before = copy.deepcopy(task.model)
     yield "before", task.start(before, autocast)
-    for name, start in (("after", task.start), ("after, by hand", task.start_by_hand)):
-        if start is None:
-            continue
+    for name, apply, start in (("after", task.apply, task.start), *task.more):
         model = copy.deepcopy(task.model)
-        switch = Switch(task.apply(model))
-        yield name, _switched(switch, start(model, autocast))
+        switch = Switch(apply(model))
+        yield (name if name == "after" else f"after, {name}"), _switched(switch, start(model, autocast))
 
 
 def _switched(switch: Switch, call: Call) -> Call:
