@@ -18,13 +18,13 @@ from jepa_fast.patches import Report, lewm
 @contextlib.contextmanager
 def sigreg():
     torch.manual_seed(0)
-    model = OfEmbeddings(plain_lewm.SIGReg(num_proj=16), torch.randn(2, 12, 4))
+    model = OfEmbeddings(plain_lewm.SIGReg(num_proj=16), torch.randn(2, 200, 4))
     yield Task(model, training(lambda model: model()), lewm.apply,
                (("AdamWEMA", lewm.apply,
                  training(lambda model: model(), optimizer=lambda model: torch.optim.SGD(model.parameters(), 0.1))),))
 
 
-CASE = Case("lewm", "SIGReg 2 x 12 x 4", "forward + backward", sigreg, goal=1e9)
+CASE = Case("lewm", "SIGReg 2 x 200 x 4", "forward + backward", sigreg, goal=1e9)
 
 
 def test_a_case_in_both_manners():
@@ -33,7 +33,7 @@ def test_a_case_in_both_manners():
     assert rows[0]["ratio"] == 1 and rows[0]["peak_mb"] > rows[1]["peak_mb"] > 0
     assert rows[1]["ratio"] == pytest.approx(rows[0]["ms"] / rows[1]["ms"])
     assert rows[1]["goal"] == 1e9 and "goal" not in rows[2]
-    assert rows[0]["case"] == "SIGReg 2 x 12 x 4, forward + backward, fp32"
+    assert rows[0]["case"] == "SIGReg 2 x 200 x 4, forward + backward, fp32"
 
 
 class Doubles(nn.Module):
@@ -88,8 +88,8 @@ def test_what_cannot_run_is_left_out_by_name(monkeypatch, tmp_path, capsys):
     command.main(["lewm", "--repeats", "1", "--precision", "fp32", "--out", str(out)])
     command.main(["ijepa", "--only", "inference", "--out", str(out), "--add"])
     data = json.loads(out.read_text())
-    assert len(data["rows"]) == 3 and list(data["left_out"]) == ["ijepa: ViT-S/16 224, batch 8, inference"]
-    assert "left out: ijepa: ViT-S/16 224, batch 8, inference (--official must have ijepa)" in capsys.readouterr().out
+    assert len(data["rows"]) == 3 and list(data["left_out"]) == ["ijepa: ViT-S/16 224, batch 16, inference"]
+    assert "left out: ijepa: ViT-S/16 224, batch 16, inference (--official must have ijepa)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no case of lewm contains 'nothing'"):
         command.main(["lewm", "--only", "nothing"])
 
@@ -108,4 +108,5 @@ def test_the_table_names_what_is_missed_and_what_is_slower(monkeypatch, tmp_path
         row("before", 200.0), row("after", 250.0, goal=1.5), row("after, AdamWEMA", 100.0)]}))
     table = report.patches_table()
     assert "patched: timm 1.0" in table
-    assert "| timm | ViT, fp32 | 200 (200 – 200) | 250 (250 – 250) | 0.80 (slower) | 1.5 (missed) | 3 | 3 | AdamWEMA 2.00 (3 MB) |" in table
+    assert ("| timm | ViT, fp32 | 200 (200 – 200) | 250 (250 – 250) | 0.80 (slower) | 1.5 (missed) | 3 | 3 "
+            "| AdamWEMA 2.00 (3 MB) |") in table

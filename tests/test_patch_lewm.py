@@ -122,7 +122,7 @@ def test_sigreg_of_seeded_training():
     losses = {}
     for name in ("original", "patched"):
         torch.manual_seed(3)
-        model = nn.ModuleDict({"net": nn.Linear(6, 6), "sigreg": plain_lewm.SIGReg(num_proj=32)})
+        model = nn.ModuleDict({"net": nn.Linear(6, 6), "sigreg": plain_lewm.SIGReg(num_proj=64)})
         report = lewm.apply(model) if name == "patched" else None
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         x = torch.randn(3, 40, 6)

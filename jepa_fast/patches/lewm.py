@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn.sigreg_sources import LeWMSIGReg
 from ._lewm_rollout import roll, why_not_now
 from ._report import PatchError, Report, check_signature, modules_behind, modules_defining
+from ._sigreg import why_not_now as why_not_sigreg
 
 _PARTS = ("Attention", "ConditionalBlock", "FeedForward", "Transformer", "Embedder")
 _PREDICTORS = ("ARPredictor", "Predictor")      # le-wm, stable-worldmodel
@@ -165,9 +166,8 @@ def _patch_sigreg(report: Report, cls: type, model: nn.Module | None) -> None:
 
 
 def _sigreg(original, self, proj):
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return original(self, proj)
-    return LeWMSIGReg.forward(self, proj)
+    is_ours = why_not_sigreg(proj, self, self.num_proj, self) is None
+    return LeWMSIGReg.forward(self, proj) if is_ours else original(self, proj)
 
 
 # what is there, compared with what this was written for
