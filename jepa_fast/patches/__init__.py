@@ -6,6 +6,7 @@
 
 A patched model keeps its parameters, state-dict keys and hooks, and its numbers within twice the original's own rounding
 error. strict_numerics=True also reproduces what is wrong in the original, where a report notes that it is put right.
+Under nn.DataParallel, whose replicas are shallow copies, patch before models are built.
 """
 
 import importlib

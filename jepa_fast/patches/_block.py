@@ -113,14 +113,15 @@ def is_faster(x: Tensor) -> bool:
         return True
     trains, dtype = torch.is_grad_enabled() and x.requires_grad, product_dtype(x)
     # PyTorch's attention of bfloat16 is the faster one, but for its backward pass
-    has_kernels = COMPILED_MISSING is None and (dtype == torch.float32 or dtype == torch.bfloat16 and trains)
-    return has_kernels and gains(x)
+    return (dtype == torch.float32 or dtype == torch.bfloat16 and trains) and gains(x)
 
 
 def gains(x: Tensor) -> bool:
-    """Whether a block of x [B, N, D] is large enough to be faster on a CPU."""
+    """Whether a block of x [B, N, D] is large enough to be faster on a CPU, and our kernels for CPUs are there."""
     if x.device.type != "cpu" or x.dim() != 3:
         return True
+    if COMPILED_MISSING is not None:
+        return False
     tokens = x.shape[0] * x.shape[1]
     is_half = product_dtype(x) in (torch.bfloat16, torch.float16)
     min_tokens, min_products = (MIN_TOKENS_HALF, MIN_PRODUCTS_HALF) if is_half else (MIN_TOKENS, MIN_PRODUCTS)
