@@ -41,7 +41,7 @@ def task(path: pathlib.Path, trains: bool):
         if not trains:
             yield Task(model, inference(lambda model: model["target_encoder"](images)), apply)
             return
-        context, target = image_masks()
+        context, target = image_masks(BATCH)
 
         def loss_of(model: nn.ModuleDict) -> Tensor:
             with torch.no_grad():
@@ -55,9 +55,9 @@ def task(path: pathlib.Path, trains: bool):
                    (("AdamWEMA", apply, training(loss_of, trained=trained, optimizer=adamw_ema)),))
 
 
-def image_masks() -> tuple[list[Tensor], list[Tensor]]:
-    masking = dataclasses.replace(recipes.ijepa_vith14().objective.masking, mask_group_size=BATCH)
-    masks = masking.sample((SIZE // 16,) * 2, BATCH, seed=0, step=0, first_sample=0)
+def image_masks(batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    masking = dataclasses.replace(recipes.ijepa_vith14().objective.masking, mask_group_size=batch_size)
+    masks = masking.sample((SIZE // 16,) * 2, batch_size, seed=0, step=0, first_sample=0)
     return masks.context_lists(), masks.target_lists()
 
 

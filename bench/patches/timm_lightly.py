@@ -55,7 +55,7 @@ def ijepa():
     target = copy.deepcopy(encoder).requires_grad_(False)
     model = nn.ModuleDict({"encoder": encoder, "predictor": predictor, "target_encoder": target})
     images = torch.randn(BATCH, 3, 224, 224)
-    context, targets = image_masks()
+    context, targets = image_masks(BATCH)
 
     def loss_of(model):
         with torch.no_grad():
