@@ -5,7 +5,6 @@ rotations per layer, attention on packed q, k, v, and the dense mask of V-JEPA 2
 q and k keep their dtype, so that half precisions run. `attend` and the tables work on any layer with these attributes.
 """
 
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..nn.last_made import LastMade
 from ..nn.rotary import axis_widths, rotary_table
 from ..ops import varlen_attention_qkv
 
@@ -109,7 +109,7 @@ def turned(x: Tensor, rotary: Tensor) -> Tensor:
 def rope_table(layer: nn.Module, x: Tensor, ids: Tensor | None, H: int | None, W: int | None, strict: bool) -> Tensor:
     """The table [B * N, 2, R] of x [B, N, D]: tokens `ids` [B, N], or all, of a grid of H x W, or grid_size squared."""
     rows, columns = grid_of(layer, H, W)
-    return tables.get(("rope", rows, columns), layer, x, ids, strict, "tiled",
+    return tables.of(("rope", rows, columns), layer, x, ids, strict, "tiled",
                       lambda ids, dtype: grid_positions(ids, rows, columns, dtype))
 
 
@@ -127,7 +127,7 @@ def action_table(layer: nn.Module, x: Tensor, ids: Tensor | None, T: int, H: int
         times[..., 0] = patches[:, :1, 0]
         return torch.cat([times.expand(-1, action_tokens, -1), patches], 1).flatten(0, 1)
 
-    return tables.get(("action", T, H, W, action_tokens, layer.grid_size), layer, x, ids, strict, "tiled", positions)
+    return tables.of(("action", T, H, W, action_tokens, layer.grid_size), layer, x, ids, strict, "tiled", positions)
 
 
 def grid_of(layer: nn.Module, H: int | None, W: int | None) -> tuple[int, int]:
@@ -148,29 +148,22 @@ def angle_dtype(x: Tensor, strict: bool) -> torch.dtype:
     return dtype if strict else torch.promote_types(dtype, torch.float32)
 
 
-class RotaryTables:
+class RotaryTables(LastMade):
     """The last table that was made: the layers of a forward pass ask for the same one."""
 
-    def __init__(self):
-        self._last = None
-
-    def get(self, what: tuple, layer: nn.Module, x: Tensor, ids: Tensor | None, strict: bool, pairing: str,
-            positions: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
+    def of(self, what: tuple, layer: nn.Module, x: Tensor, ids: Tensor | None, strict: bool, pairing: str,
+           positions: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
         """[B * N, 2, R] of x [B, N, D] with positions(ids, dtype) [B, N, 3] or, without ids, of 0, 1, ... N - 1."""
         B, N, _ = x.shape
         dtype = angle_dtype(x, strict)
-        key = (what, B, N, layer.head_dim, x.device, dtype, pairing, None if ids is None else _version(ids))
-        compiles, last = torch.compiler.is_compiling(), self._last
-        if not compiles and last is not None and last[0] == key and (last[1]() if last[1] else None) is ids:
-            return last[2]
-        with torch.inference_mode(False), torch.no_grad():  # kept from call to call: of training, too
+
+        def make() -> Tensor:
             wide = torch.promote_types(dtype, torch.float32)
             at = positions(torch.arange(N, device=x.device) if ids is None else ids.expand(B, -1), wide)
             table = rotary_table(at.reshape(-1, 3), axis_widths(layer.head_dim), pairing, angle_dtype=dtype)
-            table = table.repeat(B, 1, 1) if at.dim() == 2 else table
-        if not compiles:
-            self._last = key, None if ids is None else weakref.ref(ids), table
-        return table
+            return table.repeat(B, 1, 1) if at.dim() == 2 else table
+
+        return self.get((what, B, N, layer.head_dim, x.device, dtype, pairing), ids, make)
 
 
 class FrameMasks:

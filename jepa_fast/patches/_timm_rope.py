@@ -1,9 +1,9 @@
 """timm's rotary embeddings as `ops.varlen_attention` takes them."""
 
-import weakref
-
 import torch
 from torch import Tensor, nn
+
+from ..nn.last_made import LastMade
 
 
 def is_constant(rope: Tensor | None, x: Tensor) -> bool:
@@ -13,26 +13,16 @@ def is_constant(rope: Tensor | None, x: Tensor) -> bool:
     return not rope.requires_grad and (rope.dim() == 2 or rope.dim() == 4 and rope.shape[:2] == (x.shape[0], 1))
 
 
-class RopeTable:
+class RopeTable(LastMade):
     """The rotary table [B * N, 2, d] of timm's last rope: the layers of one forward pass ask for the same."""
-
-    def __init__(self):
-        self._last = None, None, None
 
     def of(self, rope: Tensor | None, attn: nn.Module, x: Tensor) -> Tensor | None:
         """rope [N, 2 d] or [B, 1, N, 2 d], sines then cosines, of the tokens after the prefix."""
         if rope is None:
             return None
-        dtype = torch.promote_types(torch.float32, x.dtype)
-        version = 0 if rope.is_inference() else rope._version
-        halves = getattr(attn, "rotate_half", False)
-        key = version, x.shape[0], attn.num_prefix_tokens, halves, dtype
-        known, of, table = self._last
-        if key != known or of() is not rope:
-            with torch.inference_mode(False), torch.no_grad():  # kept from call to call: of training, too
-                table = make_table(rope.clone().to(dtype), x.shape[0], attn.num_prefix_tokens, halves)
-            self._last = key, weakref.ref(rope), table
-        return table
+        dtype, halves = torch.promote_types(torch.float32, x.dtype), getattr(attn, "rotate_half", False)
+        return self.get((x.shape[0], attn.num_prefix_tokens, halves, dtype), rope, is_constant=True, make=lambda: make_table(
+            rope.clone().to(dtype), x.shape[0], attn.num_prefix_tokens, halves))
 
 
 def make_table(rope: Tensor, num_samples: int, num_prefix_tokens: int, halves: bool) -> Tensor:

@@ -129,7 +129,7 @@ def _table(attn: nn.Module, x: Tensor, mask: Tensor | None, H: int | None, W: in
         return nn.functional.pad(_grid_positions(attn, ids, H, W, dtype), (0, 0, before, after))
 
     key = "rope 2.1", H, W, attn.grid_size, attn.interpolate_rope and attn.pretrained_grid_size, before, after
-    return tables.get(key, attn, x, mask, strict, "interleaved", positions)
+    return tables.of(key, attn, x, mask, strict, "interleaved", positions)
 
 
 def _covers(attn: nn.Module, x: Tensor, mask: Tensor | None, T: int | None, H: int | None, W: int | None) -> bool:
