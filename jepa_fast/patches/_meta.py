@@ -91,6 +91,13 @@ ON_CPUS = ("on CPUs blocks are fused in float32 only, and where they are not sma
            "not measured")
 
 
+def say_what_stays(report: Report, loop: str) -> None:
+    """What is true of every patch of Meta's code; loop: where it trains."""
+    report.keep(f"the loop of {loop}", "it is written inline; by hand: jepa_fast.ema_update_ for the target encoder's "
+                "average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+    report.note("fused blocks have first derivatives only: create_graph=True raises an error")
+
+
 def namespaces(model: nn.Module) -> list[ModuleType]:
     """The loaded modules that define the classes of a model's parts: the very classes, whatever the modules are called."""
     classes = dict.fromkeys(type(part) for part in model.modules())

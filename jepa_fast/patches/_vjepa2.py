@@ -42,11 +42,18 @@ def family_of(layers: ModuleType, strict: bool, pairing: str, positions: Positio
     return Family(layers, strict, pairing, positions, activations)
 
 
-def say_what_stays(report: Report) -> None:
-    report.keep("blocks with SwiGLU, causal attention, dropout or hooks inside", "run their own code with our attention")
-    report.keep("the loop of train.py", "it is written inline; by hand: jepa_fast.ema_update_ for the target encoder's "
-                "average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
-    report.note("fused blocks have first derivatives only: create_graph=True raises an error")
+def replace_all(report: Report, checkout: Checkout, model: nn.Module | None, classes: dict[str, list[type]],
+                forwards: dict[str, Callable], functions: dict[str, tuple[Callable, Callable]]) -> None:
+    """Replace the forwards of classes and, everywhere, functions: name -> (ours, the signature that it must have)."""
+    for name, forward in forwards.items():
+        for cls in classes[name]:
+            report.replace_method(cls, "forward", forward, model)
+        if not classes[name] and model is None:
+            report.keep(name, "its module is not loaded; import it first")
+    for name, (new, expected) in functions.items():
+        for old in checkout.holders(name):
+            check_signature(old, expected, name)
+        checkout.replace_function(report, name, new)
 
 
 def block_parts(block: nn.Module) -> BlockParts:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..drop_in.collators import IJEPAMaskCollator
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
 from ._block import has_inner_hooks, is_transformed, product_dtype, run_block, run_last_rows
-from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, why_not_block
+from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, say_what_stays, why_not_block
 from ._report import PatchError, Report, check_signature
 
 IJEPA = CodeBase("ijepa", "src.models.vision_transformer",
@@ -46,10 +46,8 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
             _check(checkout)
         for checkout in checkouts:
             _apply(checkout, model, report)
-        report.keep("the loop of src.train", "it is written inline; by hand: jepa_fast.ema_update_ for the target encoder's "
-                    "average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+        say_what_stays(report, "src.train")
         report.note(ON_CPUS)
-        report.note("fused blocks have first derivatives only: create_graph=True raises an error")
     return report
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..drop_in.collators import VJEPAMaskCollator
 from ..drop_in.masks import apply_masks, repeat_interleave_batch
 from ._block import has_inner_hooks, is_transformed, run_block, run_last_rows
-from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, why_not_block
+from ._meta import ON_CPUS, Checkout, CodeBase, block_parts, say_what_stays, why_not_block
 from ._report import PatchError, Report, check_signature
 
 JEPA = CodeBase("jepa", "src.models.utils.modules", ("MLP", "Attention", "Block", "CrossAttention", "CrossAttentionBlock"),
@@ -50,10 +50,8 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
         report.keep("PredictorMultiMaskWrapper.forward", "its masks have no computation in common")
         report.keep("VisionTransformerPredictor.diffusion", "predictors without mask tokens run their own code")
         report.keep("the random-tube MaskCollator", "no official configuration uses it")
-        report.keep("the loop of app.vjepa.train", "it is written inline; by hand: jepa_fast.ema_update_ for the target "
-                    "encoder's average, jepa_fast.AdamWEMA for the optimizer and the average in one pass over memory")
+        say_what_stays(report, "app.vjepa.train")
         report.note(ON_CPUS)
-        report.note("fused blocks have first derivatives only: create_graph=True raises an error")
         if not strict_numerics:
             report.note("with drop > 0 the original drops attention weights in eval mode too: put right (no official "
                         "configuration has it)")

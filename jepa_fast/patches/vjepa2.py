@@ -11,7 +11,7 @@ from ..drop_in.attention import action_table, attend, frame_masks, frame_size_of
 from ..drop_in.collators import VJEPA2MaskCollator
 from ..nn.block_function import Activations
 from ._block import gains, has_inner_hooks, is_transformed, run_block
-from ._meta import Checkout, CodeBase
+from ._meta import Checkout, CodeBase, say_what_stays
 from ._report import PatchError, Report, check_signature
 from ._vjepa2 import (
     FUNCTIONS,
@@ -24,7 +24,7 @@ from ._vjepa2 import (
     is_rotary,
     own_code_only,
     plain_attention,
-    say_what_stays,
+    replace_all,
     why_not_fused,
 )
 from ._vjepa2_packed import multi_seq_encoder, multi_seq_predictor, video_predictor
@@ -73,7 +73,8 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
             raise PatchError(f"vjepa2: model must have parts of V-JEPA 2, got a {type(model).__qualname__}")
         for checkout in found:
             _patch(report, checkout, model, family_of(checkout.core, strict_numerics, "tiled", _positions, activations))
-        say_what_stays(report)
+        report.keep("blocks with SwiGLU, causal attention, dropout or hooks inside", "run their own code with our attention")
+        say_what_stays(report, "app.vjepa.train and app.vjepa_droid.train")
         if not strict_numerics:
             report.note(NOTE)
     return report
@@ -87,17 +88,9 @@ def _patch(report: Report, checkout: Checkout, model: nn.Module | None, family: 
             "CrossAttention": cross_attention, "VisionTransformerPredictor": video_predictor(family),
             "VisionTransformerPredictorAC": _action_predictor, "MultiSeqWrapper": multi_seq_encoder(family, encoders),
             "PredictorMultiSeqWrapper": multi_seq_predictor(family, predictors)}
-    for name, forward in fast.items():
-        for cls in classes[name]:
-            report.replace_method(cls, "forward", forward, model)
-        if not classes[name] and model is None:
-            report.keep(name, "its module is not loaded; import it first")
     for collator in checkout.definitions("MaskCollator"):
         _replace_collator(report, checkout, collator)
-    for name, (new, expected) in FUNCTIONS.items():
-        for old in checkout.holders(name):
-            check_signature(old, expected, name)
-        checkout.replace_function(report, name, new)
+    replace_all(report, checkout, model, classes, fast, FUNCTIONS)
 
 
 def _replace_collator(report: Report, checkout: Checkout, collator: type) -> None:

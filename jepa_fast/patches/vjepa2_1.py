@@ -12,8 +12,8 @@ from ..masking import Masks, nearest_target
 from ..nn.block_function import Activations
 from ..ops import gather_tokens
 from ._block import is_transformed, run_block
-from ._meta import Checkout, CodeBase
-from ._report import PatchError, Report, check_signature
+from ._meta import Checkout, CodeBase, say_what_stays
+from ._report import PatchError, Report
 from ._vjepa2 import (
     FUNCTIONS,
     NOTE,
@@ -24,7 +24,7 @@ from ._vjepa2 import (
     family_of,
     own_code_only,
     plain_attention,
-    say_what_stays,
+    replace_all,
     why_not_fused,
 )
 from ._vjepa2_packed import (
@@ -84,7 +84,8 @@ def apply(model: nn.Module | None = None, *, modules: ModuleType | Iterable[Modu
         for checkout_ in found:
             _patch(report, checkout_, model, family_of(checkout_.core, strict_numerics, "interleaved", _grid_positions,
                                                        activations))
-        say_what_stays(report)
+        report.keep("blocks with SwiGLU, causal attention, dropout or hooks inside", "run their own code with our attention")
+        say_what_stays(report, "app.vjepa_2_1.train")
         if not strict_numerics:
             report.note(NOTE)
     return report
@@ -97,16 +98,8 @@ def _patch(report: Report, found: Checkout, model: nn.Module | None, family: Fam
             "CrossAttention": cross_attention, "VisionTransformerPredictor": _predictor(family),
             "MultiSeqWrapper": _multi_seq_encoder(family, encoders),
             "PredictorMultiSeqWrapper": _multi_seq_predictor(family, predictors)}
-    for name, forward in fast.items():
-        for cls in classes[name]:
-            report.replace_method(cls, "forward", forward, model)
-        if not classes[name] and model is None:
-            report.keep(name, "its module is not loaded; import it first")
     distance = mask_distance, lambda masks_pred, masks_enc, grid_size, offset_context_loss: 0
-    for name, (new, expected) in (FUNCTIONS | {"compute_mask_distance": distance}).items():
-        for old in found.holders(name):
-            check_signature(old, expected, name)
-        found.replace_function(report, name, new)
+    replace_all(report, found, model, classes, fast, FUNCTIONS | {"compute_mask_distance": distance})
 
 
 def _grid_positions(attn: nn.Module, ids: Tensor, H: int | None, W: int | None, dtype: torch.dtype) -> Tensor:
